@@ -1,0 +1,70 @@
+"""Pictures for people: film strips, animations, curves. Drawn with pillow alone."""
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+INK, FAINT, COLOURS = (40, 40, 40), (220, 220, 220), [(31, 90, 180), (214, 90, 20), (40, 140, 60), (150, 60, 150)]
+
+
+def enlarge(frames: np.ndarray, height: int) -> np.ndarray:
+    """Repeat pixels until uint8 frames [T, H, W, 3] are at least `height` high."""
+    factor = max(1, -(-height // frames.shape[1]))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def save_strip(path: str | Path, rows: dict[str, np.ndarray]) -> None:
+    """One row of frames per entry, uint8 [T, H, W, 3], under each other, labelled."""
+    rows = {label: enlarge(frames, 96) for label, frames in rows.items()}
+    height, width = next(iter(rows.values())).shape[1:3]
+    columns = max(len(frames) for frames in rows.values())
+    sheet = Image.new("RGB", (columns * (width + 2) - 2, len(rows) * (height + 16)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, (label, frames) in enumerate(rows.items()):
+        draw.text((2, y * (height + 16) + 2), label, fill=INK)
+        for x, frame in enumerate(frames):
+            sheet.paste(Image.fromarray(frame), (x * (width + 2), y * (height + 16) + 14))
+    sheet.save(path)
+
+
+def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float) -> None:
+    """An animation of videos side by side, uint8 [T, H, W, 3] each, labelled; it stops for a second at the end."""
+    columns = {label: enlarge(frames, 256) for label, frames in columns.items()}
+    height, width = next(iter(columns.values())).shape[1:3]
+    images = []
+    for t in range(max(len(frames) for frames in columns.values())):
+        image = Image.new("RGB", (len(columns) * (width + 4) - 4, height + 16), "white")
+        draw = ImageDraw.Draw(image)
+        for x, (label, frames) in enumerate(columns.items()):
+            draw.text((x * (width + 4) + 2, 2), f"{label}   frame {t}", fill=INK)
+            image.paste(Image.fromarray(frames[min(t, len(frames) - 1)]), (x * (width + 4), 16))
+        images.append(image)
+    durations = [round(1000 / fps)] * (len(images) - 1) + [1000]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, float]]], x_label: str) -> None:
+    """Lines through (x, y) points on shared axes from zero, one colour per entry."""
+    curves = {label: points for label, points in curves.items() if len(points)}
+    width, height, left, top, right, bottom = 720, 400, 60, 20, 20, 40
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    x_max = max([x for points in curves.values() for x, _ in points], default=1) or 1
+    y_max = max([y for points in curves.values() for _, y in points], default=1) * 1.05 or 1
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x / x_max * (width - left - right), height - bottom - y / y_max * (height - top - bottom)
+
+    for i in range(6):
+        x, y = x_max * i / 5, y_max * i / 5
+        draw.line([place(0, y), place(x_max, y)], fill=FAINT)
+        draw.text((8, place(0, y)[1] - 6), f"{y:.3g}", fill=INK)
+        draw.text((place(x, 0)[0] - 8, height - bottom + 6), f"{x:.4g}", fill=INK)
+    draw.text((width // 2, height - 16), x_label, fill=INK)
+    for i, (label, points) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        if len(points) > 1:
+            draw.line([place(x, y) for x, y in points], fill=colour, width=2)
+        draw.text((width - right - 160, top + 14 * i), label, fill=colour)
+    image.save(path)

@@ -1,0 +1,332 @@
+"""The world model: reset(frames), then step(action) -> the next frame. And the command that rolls it out.
+
+    python sample.py --checkpoint runs/bridge --guidance 2.0
+
+A world model holds a window of frames and imagines one more at a time:
+
+    slot       0        1       2       3                        at most num_frames (16) slots
+            ┌───────┬───────┬───────┬───────┐
+            │anchor │       │       │  new  │      anchor   its clean latents stand beside every frame's noisy
+            └───────┴───────┴───────┴───────┘               ones; its image tokens are dealt out by slot
+    level     k_hist  k_hist  k_hist  999 → 0      history  noised once, a little, and kept
+    action     zero    a₀      a₁      a₂          new      starts as noise; denoised while the history stays put
+
+ 1. The new frame starts from Gaussian noise and is denoised through the DDIM levels. At each level the network
+    sees the whole window twice, with and without the newest action, and guidance exaggerates the difference.
+ 2. The finished frame is noised to k_hist, the second lowest DDIM level, and joins the history.
+ 3. When all slots are taken, the last `overlap` frames become the new window, the first of them the new anchor.
+    As in a training clip, no action leads to it. So a rollout may go on for ever, and the network
+    never meets a clip longer than those it was trained on.
+
+Paper: section 4.3 and algorithm 1 (autoregressive, action-guided sampling).
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from action_guidance import align_actions, guide
+from data import DATA_SETS, DataError, fit_frames, open_episodes
+from diffusion_forcing import LEVELS
+from dynamicrafter.model import Model, from_vid2world, load_model, to_pixels
+from evaluation.pictures import save_gif, save_strip
+from unet import CheckpointError, read_checkpoint
+
+
+class RequestError(ValueError):
+    """Something that a world model cannot do: an option out of range, an action or a frame that does not fit."""
+
+
+class WorldModel:
+    """An environment that is imagined: reset(frames), step(action).
+
+    guidance  λ: how much the newest action is exaggerated; 1 follows it as trained and needs half the time
+    steps     denoising steps per frame
+    seed      of all noise; the same seed, frames and actions give the same rollout
+    eta       0 is deterministic given the first noise (DDIM), 1 adds fresh noise at every step (as the paper samples)
+    overlap   frames that stay when the window is full
+    rescale   see `action_guidance.guide`
+
+    `.latents`, float32 [B, T, C, h, w], holds every frame so far, given and imagined.
+    """
+
+    def __init__(self, model: Model, guidance: float = 2.0, steps: int = 50, seed: int = 0, eta: float = 1.0,
+                 overlap: int = 8, rescale: float = 0.7):
+        config = model.config.unet
+        if not config.action_dim or not config.causal:
+            raise RequestError("this network is passive: a world model is causal and takes actions")
+        if not np.isfinite(guidance):
+            raise RequestError(f"guidance is {guidance}; it must be a finite number")
+        if not 0 <= eta <= 1 or not 0 <= rescale <= 1:
+            raise RequestError(f"eta is {eta} and rescale {rescale}; both must be between 0 and 1")
+        if not 1 <= steps <= LEVELS:
+            raise RequestError(f"steps is {steps}; it must be between 1 and {LEVELS}")
+        if not 1 <= overlap < config.num_frames:
+            raise RequestError(f"overlap is {overlap}; it must be between 1 and {config.num_frames - 1}")
+        self.model = model.eval()
+        self.guidance, self.seed, self.eta, self.overlap, self.rescale = guidance, seed, eta, overlap, rescale
+        self.num_frames, self.action_dim = config.num_frames, config.action_dim
+        self.levels = model.schedule.ddim_levels(steps)
+        self.history_level = self.levels[-2] if steps > 1 else self.levels[-1]
+
+    @torch.inference_mode()
+    def reset(self, frames: np.ndarray, actions: np.ndarray | None = None) -> None:
+        """Begin a world from what was seen.
+
+        frames   uint8 [T0, H, W, 3], or [B, T0, H, W, 3] for B worlds side by side; fitted to the model's size
+        actions  [T0 - 1, A] or [B, T0 - 1, A]: what was done between them; None: not known (and so hidden)
+
+        Raises RequestError for other shapes or numbers that are not finite.
+        """
+        frames = np.asarray(frames)
+        if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-1] != 3 or 0 in frames.shape:
+            raise RequestError(f"frames is {frames.dtype} {list(frames.shape)}; expected uint8 [T0, H, W, 3] or "
+                             "[B, T0, H, W, 3]")
+        self.batched = frames.ndim == 5
+        frames = frames if self.batched else frames[None]
+        B, T0 = frames.shape[:2]
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+        self.frames = torch.from_numpy(np.stack([fit_frames(clip, *self.model.config.size) for clip in frames]))
+        self.latents = self.model.encode(self.frames.to(self.model.device))
+        self.history = self.to_history(self.latents)
+        # The action that led to each frame, and whether it is known; nothing but zeros leads to the first.
+        self.actions = torch.zeros(B, T0, self.action_dim, device=self.model.device)
+        self.action_mask = torch.ones(B, T0, device=self.model.device)
+        if actions is None:
+            self.action_mask[:, 1:] = 0
+        else:
+            self.actions[:, 1:] = self.check_actions(actions, (B, T0 - 1, self.action_dim))
+        self.open_window(min(T0, self.num_frames))
+
+    @torch.inference_mode()
+    def step(self, action: np.ndarray) -> np.ndarray:
+        """Take an action [A] (or [B, A]) and imagine the next frame, uint8 [H, W, 3] (or [B, H, W, 3]).
+
+        Raises RequestError for an action of another shape or one that is not finite.
+        """
+        if not hasattr(self, "latents"):
+            raise RequestError("the world has no frame yet: call reset(frames) first")
+        B = len(self.latents)
+        action = self.check_actions(action, (B, self.action_dim))
+        if self.history.shape[1] == self.num_frames:
+            self.open_window(self.overlap)
+
+        actions = torch.cat([self.actions, action[:, None]], dim=1)
+        action_mask = torch.cat([self.action_mask, torch.ones_like(action[:, :1])], dim=1)
+        x = self.noise(B, 1)
+        for k, k_next in zip(self.levels, self.levels[1:] + [0]):
+            v = self.guided_velocity(x, k, actions, action_mask)
+            x = self.model.schedule.ddim_step(x, v, k, k_next, self.eta, self.noise(B, 1) if self.eta > 0 else None)
+
+        frame = self.model.decode(x).cpu()
+        self.actions, self.action_mask = actions, action_mask
+        self.frames = torch.cat([self.frames, frame], dim=1)
+        self.latents = torch.cat([self.latents, x], dim=1)
+        self.history = torch.cat([self.history, self.to_history(x)], dim=1)
+        return frame[:, 0].numpy() if self.batched else frame[0, 0].numpy()
+
+    def open_window(self, length: int) -> None:
+        """Keep the last `length` frames; the first of them becomes the anchor."""
+        self.frames, self.history = self.frames[:, -length:], self.history[:, -length:]
+        self.actions, self.action_mask = self.actions[:, -length:].clone(), self.action_mask[:, -length:].clone()
+        self.actions[:, 0], self.action_mask[:, 0] = 0, 1
+        self.anchor = self.latents[:, -length, None]  # [B, 1, C, h, w], clean
+        self.tokens = self.model.image_tokens(to_pixels(self.frames[:, :1].to(self.model.device))[:, 0])
+
+    def guided_velocity(self, x: Tensor, k: int, actions: Tensor, action_mask: Tensor) -> Tensor:
+        """Velocity of the new frame x [B, 1, C, h, w] at level k, with the history beside it."""
+        window = torch.cat([self.history, x], dim=1)
+        levels = torch.full(window.shape[:2], self.history_level, device=x.device)
+        levels[:, -1] = k
+        without_newest = action_mask.clone()
+        without_newest[:, -1] = 0
+        return self.guided(window, levels, actions, action_mask, without_newest)[:, -1:]
+
+    def guided(self, x: Tensor, k: Tensor, actions: Tensor, with_action: Tensor, without_action: Tensor) -> Tensor:
+        """Guidance between two masks of the actions; both passes run as one batch."""
+        if self.guidance == 1:
+            return self.denoise(x, k, self.anchor, self.tokens, actions, with_action)
+        twice = [torch.cat([tensor, tensor]) for tensor in (x, k, self.anchor, self.tokens, actions)]
+        v_cond, v_uncond = self.denoise(*twice, torch.cat([with_action, without_action])).chunk(2)
+        return guide(v_cond, v_uncond, self.guidance, self.rescale)
+
+    def denoise(self, *inputs: Tensor) -> Tensor:
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.device.type == "cuda"):
+            return self.model.denoise(*inputs).float()
+
+    @torch.inference_mode()
+    def imagine_together(self, frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """All frames at once, at one shared noise level (the paper's Vid2World-NAR): for comparison, not interaction.
+
+        frames [T0, H, W, 3], of which the first becomes the anchor; actions [T - 1, A]; returns uint8 [T, H, W, 3].
+        Raises RequestError for more frames than the window holds. Without action means: without any.
+        """
+        self.reset(frames[:1])
+        T = len(actions) + 1
+        if T > self.num_frames:
+            raise RequestError(f"{T} frames do not fit into one window of {self.num_frames}")
+        actions = self.check_actions(actions, (1, T - 1, self.action_dim))
+        led_to = torch.cat([self.actions, actions], dim=1)
+        with_action = torch.ones(1, T, device=led_to.device)
+        x = self.noise(1, T)
+        for k, k_next in zip(self.levels, self.levels[1:] + [0]):
+            v = self.guided(x, torch.full((1, T), k, device=x.device), led_to, with_action, 0 * with_action)
+            x = self.model.schedule.ddim_step(x, v, k, k_next, self.eta, self.noise(1, T) if self.eta > 0 else None)
+        self.latents = x
+        return self.model.decode(x)[0].cpu().numpy()
+
+    def to_history(self, latents: Tensor) -> Tensor:
+        """Clean latents [B, T, C, h, w] to the small noise level at which the history is held."""
+        return self.model.schedule.add_noise(latents, self.history_level, self.noise(*latents.shape[:2]))
+
+    def noise(self, B: int, T: int) -> Tensor:
+        """Drawn on the CPU, so that a seed means the same on every device."""
+        return torch.randn(B, T, *self.model.latent_shape, generator=self.generator).to(self.model.device)
+
+    def check_actions(self, actions: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        """Actions as a tensor of the given shape, the batch dimension added where the world has none."""
+        actions = torch.as_tensor(np.asarray(actions, dtype=np.float32), device=self.model.device)
+        actions = actions if self.batched else actions[None]
+        if actions.shape != shape:
+            raise RequestError(f"actions is {list(actions.shape)}; expected {list(shape)} (with the batch dimension)")
+        if not actions.isfinite().all():
+            raise RequestError("an action holds a number that is not finite (NaN or infinity)")
+        return actions
+
+
+def load_world(checkpoint: str | Path, device: str | torch.device | None = None, **options) -> WorldModel:
+    """A world model from a run folder of train.py, a checkpoint in it, or a released Vid2World checkpoint.
+
+    device   None means CUDA where there is one
+    options  those of WorldModel
+
+    Raises CheckpointError for a file that cannot be used, RequestError for options out of range.
+    """
+    path = Path(checkpoint)
+    released = path.is_file() and "state_dict" in read_checkpoint(path)
+    model = from_vid2world(path) if released else load_model(path)
+    return WorldModel(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command
+
+
+def psnr(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of uint8 frames [T, H, W, 3], one number per frame."""
+    error = ((frames.astype(np.float64) - truth) ** 2).mean(axis=(1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
+
+
+def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context: int = 1) -> np.ndarray:
+    """Imagine an episode: the first `context` frames are given, then one frame per action.
+
+    frames [≥ context, H, W, 3], actions [T - 1, A]; returns uint8 [T, H, W, 3] at the model's size.
+    """
+    world.reset(frames[:context], actions[: context - 1])
+    given = list(world.frames[0].numpy())
+    return np.stack(given + [world.step(action) for action in tqdm(actions[context - 1 :], unit="frame", leave=False)])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Roll a world model out on an episode's actions, or on others.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", default="runs/default", help="run folder of train.py, or a released Vid2World checkpoint")
+    add("--data", choices=DATA_SETS, help="data set; if left out, the one the checkpoint was trained on")
+    add("--root", help="its folder; if left out, the one the checkpoint was trained on")
+    add("--split", default="val", choices=["train", "val", "all"])
+    add("--episode", type=int, default=0, help="which episode of the split")
+    add("--context", type=int, help="frames given at the start; if left out, as the data set has it")
+    add("--frames", type=int, default=16, help="frames in all, given ones included; at most the episode's, if its "
+                                               "actions are used")
+    add("--actions", help="take the actions of this .npy file, [T - 1, A], and not the episode's")
+    add("--repeat-action", nargs="*", type=float, metavar="NUMBER",
+        help="repeat one action: the numbers given, or without numbers the episode's first")
+    add("--guidance", type=float, default=2.0, help="1 follows the action as trained, more exaggerates it")
+    add("--rescale", type=float, default=0.7, help="pull back the contrast that guidance adds, 0 to 1")
+    add("--steps", type=int, default=50, help="denoising steps per frame")
+    add("--eta", type=float, default=1.0, help="fresh noise per step: 0 none, 1 as the paper")
+    add("--overlap", type=int, default=8, help="frames that stay when the window of 16 is full")
+    add("--seed", type=int, default=0)
+    add("--nar", action="store_true", help="sample all frames together (the paper's Vid2World-NAR)")
+    add("--device", help="cpu, cuda, …; if left out, CUDA where there is one")
+    add("--out", default="rollouts", help="folder for the pictures")
+    return parser.parse_args()
+
+
+def choose_actions(args: argparse.Namespace, recorded: np.ndarray, action_dim: int) -> tuple[np.ndarray, str]:
+    """The actions [T - 1, A] to take, and where they come from."""
+    if args.actions is not None:
+        try:
+            actions = np.load(args.actions, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{args.actions} is no readable .npy file ({error})") from None
+        origin = str(args.actions)
+    elif args.repeat_action is not None:
+        action = np.array(args.repeat_action or recorded[0], dtype=np.float32)
+        actions, origin = np.repeat(action[None], args.frames - 1, axis=0), "one action, repeated"
+    else:
+        actions, origin = recorded[: args.frames - 1], "the episode's"
+    if actions.ndim != 2 or actions.shape[1] != action_dim:
+        raise DataError(f"the actions are {list(actions.shape)}, but this model takes {action_dim} numbers per action")
+    if not np.isfinite(actions).all():
+        raise DataError("the actions hold numbers that are not finite (NaN or infinity)")
+    return actions[: args.frames - 1], origin
+
+
+def main(args: argparse.Namespace) -> None:
+    options = {name: getattr(args, name) for name in ("guidance", "steps", "seed", "eta", "overlap", "rescale")}
+    world = load_world(args.checkpoint, args.device, **options)
+    path = Path(args.checkpoint)
+    trained_on = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path).get("data", {})
+    name = args.data or trained_on.get("name")
+    if not name:
+        raise DataError("this checkpoint does not say what it was trained on: name the data set (--data, --root)")
+    episodes = open_episodes(name, args.root or trained_on.get("root"), args.split)
+    if not 0 <= args.episode < len(episodes):
+        raise DataError(f"there is no episode {args.episode}; the split {args.split!r} has 0 to {len(episodes) - 1}")
+    episode = episodes[args.episode]
+    actions, origin = choose_actions(args, episode.actions, world.action_dim)
+    context = args.context or DATA_SETS[name].context
+    if not 1 <= context <= min(len(episode), len(actions)):
+        raise DataError(f"context is {context}; it must be between 1 and {min(len(episode), len(actions))}, the frames "
+                        "there are less one to imagine")
+    print(f"episode {episode.name}, {len(actions) + 1} frames, actions: {origin}, guidance {args.guidance:g}, "
+          f"{args.steps} steps")
+
+    frames = episode.frames
+    if args.nar:
+        imagined = world.imagine_together(frames, actions)
+    else:
+        imagined = rollout(world, frames, actions, context)
+
+    rows = {"imagined": imagined}
+    if origin == "the episode's":
+        truth = fit_frames(frames[: len(imagined)], *world.model.config.size)
+        rows = {"truth": truth} | rows
+        first = 0 if args.nar else context
+        scores = psnr(imagined, truth)
+        for t in range(first, len(imagined)):
+            print(f"frame {t:3d}  PSNR {scores[t]:6.2f} dB")
+        print(f"mean of {len(imagined) - first} imagined frames: {scores[first:].mean():.2f} dB")
+
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"{name}_{args.split}{args.episode}_guidance{args.guidance:g}{'_nar' if args.nar else ''}"
+    save_strip(f"{stem}.png", rows)
+    save_gif(f"{stem}.gif", rows, DATA_SETS[name].fps)
+    print(f"pictures: {stem}.png, {stem}.gif")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except (DataError, CheckpointError, RequestError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,451 @@
+"""Post-training: from a passive video model to a world model.
+
+    python train.py --data rt1 --root /data/fractal20220817_data --base dynamicrafter_512.ckpt
+    python train.py --data bridge --root /data/bridge_dataset --preset tiny          (from scratch, on a laptop)
+    torchrun --nproc_per_node=4 train.py --data rt1 …                                (many GPUs, many machines)
+
+One step, which is `PostTraining.forward` below: encode a batch of clips; give every frame a noise level of its
+own; hide some of the actions; predict the velocity; compare. The U-Net and the resampler learn, what else
+was pretrained stays frozen. From scratch (`--preset tiny`) nothing is pretrained, so the image tower learns
+along and an autoencoder is trained on the frames first.
+
+Nothing random here depends on what happened before. Clip number i, its noise and its levels are functions of
+(seed, i), and dropout of (seed, step). So a run that is resumed goes on as if never stopped, and
+N processes with batch B take the same steps as one process with batch N·B.
+
+A run folder holds checkpoint.pt (what learns, with the optimizer), frozen.pt (what does not, written once), arguments.json,
+log.jsonl, loss.png, and strips of imagined frames. Paper: section 5 and appendix (training details).
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from action_guidance import align_actions, drop_actions
+from causal_conv import TRANSFER_METHODS
+from data import DATA_SETS, Clips, DataError, DataSet, Episodes, collate, fit_frames, open_episodes
+from diffusion_forcing import LEVELS, diffusion_forcing_loss
+from dynamicrafter.autoencoder import fit_autoencoder
+from dynamicrafter.model import PRESETS, Model, from_dynamicrafter, frozen_weights, load_model, save, to_pixels, \
+    trained_weights
+from evaluation.pictures import save_curves, save_strip
+from sample import RequestError, WorldModel, psnr, rollout
+from unet import CheckpointError, read_checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One step
+
+
+class PostTraining(nn.Module):
+    """The loss of a batch, as one module, so that DistributedDataParallel can wrap it."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, frames: Tensor, actions: Tensor, draws: dict[str, Tensor]) -> Tensor:
+        """frames uint8 [B, T, H, W, 3], actions [B, T, A] as stored, and what `draw` drew for these clips."""
+        model = self.model
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.device.type == "cuda"):
+            with torch.no_grad():
+                latents = model.encode(frames, noise=draws["posterior"]).float()  # [B, T, C, h, w]
+            anchor_image = to_pixels(frames[:, :1])[:, 0] * draws["keep_image"].view(-1, 1, 1, 1)
+            tokens = model.image_tokens(anchor_image)
+
+            def denoise(x: Tensor, k: Tensor) -> Tensor:
+                return model.denoise(x, k, latents[:, :1], tokens, align_actions(actions), draws["action_mask"])
+
+            return diffusion_forcing_loss(denoise, model.schedule, latents, draws["k"], draws["noise"])
+
+
+def draw(model: Model, actions: Tensor, clips: list[int], seed: int, action_dropout: float,
+         image_dropout: float) -> dict[str, Tensor]:
+    """All that is random about a batch but dropout, each clip's a function of (seed, its number)."""
+    def draw_clip(clip: int, actions: Tensor) -> dict[str, Tensor]:
+        T = actions.shape[1]
+        generator = torch.Generator().manual_seed(entropy(seed, clip))
+        return {"k": torch.randint(LEVELS, (T,), generator=generator),  # a noise level for every frame
+                "noise": torch.randn(T, *model.latent_shape, generator=generator),
+                "posterior": torch.randn(T, *model.latent_shape, generator=generator),
+                "action_mask": drop_actions(actions, action_dropout, generator)[0],
+                "keep_image": (torch.rand((), generator=generator) >= image_dropout).float()}
+
+    drawn = [draw_clip(clip, actions[i : i + 1]) for i, clip in enumerate(clips)]
+    return {name: torch.stack([clip[name] for clip in drawn]) for name in drawn[0]}
+
+
+def entropy(*numbers: int) -> int:
+    """A 63-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model to start from
+
+
+def build_model(args: argparse.Namespace, dataset: DataSet) -> Model:
+    """From DynamiCrafter (`--base`), or random. What learns requires grad."""
+    config = PRESETS[args.preset]
+    unet = replace(config.unet, causal=True, norm_scope=args.norm_scope, action_dim=dataset.action_dim)
+    config = replace(config, unet=unet, size=tuple(args.size), fps=dataset.fps)
+    torch.manual_seed(args.seed)
+    model = from_dynamicrafter(args.base, config, args.transfer) if args.base else Model(config)
+    model.autoencoder.requires_grad_(False)
+    if args.base:
+        model.image_tower.requires_grad_(False)
+    return model
+
+
+def pretrain_autoencoder(model: Model, clips: Clips, args: argparse.Namespace) -> None:
+    """Give a random model an autoencoder of the frames it will see."""
+    def batches() -> Iterator[Tensor]:
+        order = [list(range(4 * i, 4 * i + 4)) for i in range(args.autoencoder_steps)]
+        for batch in DataLoader(clips, batch_sampler=order, collate_fn=collate, num_workers=args.workers):
+            frames = intact(batch)["frames"].flatten(0, 1)
+            yield to_pixels(frames[None, torch.randperm(len(frames))[:16]].to(model.device))[0]
+
+    model.autoencoder.requires_grad_(True)
+    fit_autoencoder(model.autoencoder, batches(), args.autoencoder_steps).requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train until args.steps or until a signal; returns the exit code."""
+    rank, world, device = join_processes()
+    say = print if rank == 0 else lambda *words: None
+    dataset, out = DATA_SETS[args.data], Path(args.out)
+    if rank == 0:
+        check_folder(args)
+    episodes = open_episodes(args.data, args.root, "train", min_length=args.frames)
+    held_out = open_episodes(args.data, args.root, "val", min_length=args.frames)
+    clips = Clips(episodes, args.frames, tuple(args.size), args.seed)
+    say(f"{args.data}: {len(episodes)} episodes to train on, {len(held_out)} held out; left out: "
+        f"{episodes.short + held_out.short} shorter than {args.frames} frames, {episodes.damaged + held_out.damaged} damaged")
+
+    # Start, or take up the run where it was left.
+    if args.resume and (out / "checkpoint.pt").exists():
+        saved = read_checkpoint(out / "checkpoint.pt")
+        start = saved["step"]
+        model = load_model(out).to(device)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in saved["weights"])
+        say(f"resuming {out} at step {start}")
+    else:
+        saved, start = None, 0
+        model = build_model(args, dataset).to(device)
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "arguments.json").write_text(json.dumps(vars(args), indent=1))
+        if not args.base:
+            if rank == 0:
+                pretrain_autoencoder(model, clips, args)
+            model.autoencoder.config = from_first_process(model.autoencoder.config)
+            model.config = replace(model.config, autoencoder=model.autoencoder.config)
+    if model.config.unet.action_dim != dataset.action_dim:
+        raise DataError(f"{args.data} has actions of {dataset.action_dim} numbers, but the network in {out} takes "
+                        f"{model.config.unet.action_dim}")
+
+    model.unet.checkpointing = args.checkpointing
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout) and args.dropout is not None:
+            layer.p = args.dropout
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    say(f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters learn, {sum(p.numel() for p in frozen) / 1e6:.1f} M "
+        f"are frozen; {world} process{'es' if world > 1 else ''} on {device.type}")
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr)
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+    trainee = PostTraining(model)
+    if world > 1:  # which also hands the weights of the first process, its autoencoder included, to the others
+        trainee = DistributedDataParallel(trainee, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def checkpoint(step: int) -> None:
+        save(out / "checkpoint.pt", {
+            "config": asdict(model.config), "weights": trained_weights(model), "frozen": "frozen.pt",
+            "data": {"name": args.data, "root": args.root}, "optimizer": optimizer.state_dict(), "step": step})
+
+    if rank == 0 and not saved:
+        save(out / "frozen.pt", {"weights": frozen_weights(model)})
+        checkpoint(0)
+    log = Log(out, start) if rank == 0 else None
+    damaged: set[str] = set()
+    stop = stop_on_signals()
+    batches = iter(DataLoader(clips, batch_sampler=clip_order(args, start, rank, world), collate_fn=collate,
+                              num_workers=args.workers, worker_init_fn=ignore_interrupt, pin_memory=device.type == "cuda"))
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, unit="step", disable=rank > 0)
+    model.train()
+    for step in bar:
+        torch.manual_seed(entropy(args.seed, step, rank))  # for dropout
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+
+        step_loss = 0.0
+        for micro in range(args.accumulate):
+            batch = intact(next(batches))
+            for message in sorted(set(batch["damaged"]) - damaged):
+                tqdm.write(f"skipped: {message}")
+                damaged.add(message)
+            accumulating = world > 1 and micro < args.accumulate - 1
+            with trainee.no_sync() if accumulating else nullcontext():
+                loss = batch_loss(trainee, model, batch, args.seed, args.action_dropout, args.image_dropout)
+                (loss / args.accumulate).backward()
+            step_loss += loss.item() / args.accumulate
+        nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        step_loss, stopping = across_processes(step_loss, bool(stop), device)
+        step, ending = step + 1, stopping or step + 1 == args.steps
+        if rank == 0:
+            due = [ending or step % every == 0 for every in (args.val_every, args.save_every, args.sample_every)]
+            log.write(step, step_loss, validate(model, held_out, args) if due[0] else None)
+            bar.set_postfix(log.summary() | ({"skipped": len(damaged)} if damaged else {}))
+            if due[1]:
+                checkpoint(step)
+                log.draw()
+            if due[2]:
+                draw_strip(model, held_out, args, step)
+        if stopping:
+            break
+    bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        summary = ", ".join(f"{name} {value}" for name, value in log.summary().items())
+        print(f"{'stopped' if stop else 'done'} at step {len(log.rows)}: {summary}, {len(damaged)} damaged episodes skipped")
+        print(f"go on:  python train.py --resume --out {out}" if stop else
+              f"see it: python sample.py --checkpoint {out} --guidance 2.0")
+    return 128 + stop[0] if stop else 0
+
+
+def clip_order(args: argparse.Namespace, start: int, rank: int, world: int) -> Iterator[list[int]]:
+    """The numbers of the clips of each batch of this process. A step takes the next world · accumulate · batch."""
+    for step in range(start, args.steps):
+        for micro in range(args.accumulate):
+            first = ((step * args.accumulate + micro) * world + rank) * args.batch
+            yield list(range(first, first + args.batch))
+
+
+def batch_loss(trainee: nn.Module, model: Model, batch: dict, seed: int, action_dropout: float,
+               image_dropout: float) -> Tensor:
+    draws = draw(model, batch["actions"], batch["index"], seed, action_dropout, image_dropout)
+    draws = {name: tensor.to(model.device) for name, tensor in draws.items()}
+    return trainee(batch["frames"].to(model.device), batch["actions"].to(model.device), draws)
+
+
+@torch.no_grad()
+def validate(model: Model, held_out: Episodes, args: argparse.Namespace) -> float:
+    """Mean loss on held-out clips: always the same clips, noise and levels, and nothing dropped."""
+    model.eval()
+    clips = Clips(held_out, args.frames, tuple(args.size), args.seed)
+    losses = []
+    for first in range(0, args.val_clips, args.batch):
+        batch = intact(collate([clips[i] for i in range(first, min(first + args.batch, args.val_clips))]))
+        losses += [batch_loss(PostTraining(model), model, batch, args.seed, 0, 0).item()] * len(batch["index"])
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def draw_strip(model: Model, held_out: Episodes, args: argparse.Namespace, step: int) -> None:
+    """Roll out the start of a held-out episode, and put the frames under the true ones."""
+    episode = held_out[0]
+    frames, actions = episode.read(0, args.frames)
+    imagined = rollout(WorldModel(model, steps=args.sample_steps), frames, actions[:-1])
+    model.train()
+    truth = fit_frames(frames, *args.size)
+    path = Path(args.out) / f"step_{step:07d}.png"
+    save_strip(path, {f"truth: {episode.name}": truth, f"imagined after {step} steps": imagined})
+    tqdm.write(f"step {step}: rollout at {psnr(imagined, truth)[1:].mean():.2f} dB, {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Around the loop
+
+
+class Log:
+    """log.jsonl, one line per step, and loss.png. A resumed run keeps the lines up to the step it starts from."""
+
+    def __init__(self, folder: Path, start: int):
+        self.path, self.picture = folder / "log.jsonl", folder / "loss.png"
+        lines = self.path.read_text().splitlines(keepends=True)[:start] if start else []
+        self.rows = [json.loads(line) for line in lines]
+        self.path.write_text("".join(lines))
+
+    def write(self, step: int, loss: float, val: float | None) -> None:
+        self.rows.append({"step": step, "loss": loss} | ({} if val is None else {"val": val}))
+        with open(self.path, "a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def summary(self) -> dict[str, str]:
+        recent = [row["loss"] for row in self.rows[-50:]]
+        vals = [row["val"] for row in self.rows if "val" in row]
+        return {"loss": f"{np.mean(recent):.4f}"} | ({"val": f"{vals[-1]:.4f}"} if vals else {})
+
+    def draw(self) -> None:
+        size = max(1, len(self.rows) // 200)  # steps per point: single steps are too noisy to read
+        blocks = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
+        save_curves(self.picture, {
+            f"training, mean of {size}": [(block[-1]["step"], np.mean([row["loss"] for row in block])) for block in blocks],
+            "held out": [(row["step"], row["val"]) for row in self.rows if "val" in row]}, "step")
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Refuse to write over another run; clear it if told to."""
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; --out names a folder")
+    content = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if not content or args.resume:
+        return
+    if "arguments.json" not in content:
+        raise DataError(f"{out} holds other files ({', '.join(content[:3])}, …); --out names a folder of its own")
+    if not args.overwrite:
+        raise DataError(f"{out} holds a run: --resume goes on with it, --overwrite starts anew, --out names another folder")
+    for pattern in ("*.pt", "*.partial", "*.png", "log.jsonl", "arguments.json"):
+        for path in out.glob(pattern):
+            path.unlink()
+
+
+def join_processes() -> tuple[int, int, torch.device]:
+    """Rank and number of the processes that torchrun started (0 of 1 without it), and this one's device."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:  # the timeout is for the others, while the first trains the autoencoder or draws a strip
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def from_first_process(value: object) -> object:
+    """The first process's value, in all of them."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def across_processes(loss: float, stop: bool, device: torch.device) -> tuple[float, bool]:
+    """The mean loss, and whether any process was told to stop."""
+    if not dist.is_initialized():
+        return loss, stop
+    both = torch.tensor([loss, float(stop)], device=device, dtype=torch.float64)
+    dist.all_reduce(both)
+    return both[0].item() / dist.get_world_size(), both[1].item() > 0
+
+
+def stop_on_signals() -> list[int]:
+    """A list that Ctrl-C or SIGTERM writes its number into. A second one acts at once."""
+    stop: list[int] = []
+
+    def note(number: int, _) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping after this step; once more to stop at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return stop
+
+
+def ignore_interrupt(_: int) -> None:
+    """Ctrl-C reaches the data workers as well; only the main process is to act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def intact(batch: dict) -> dict:
+    if "error" in batch:
+        raise DataError(f"no clip can be read: {batch['error']}")
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Post-train a world model on robot episodes.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", choices=DATA_SETS, default="rt1")
+    add("--root", default="datasets", help="the data set's folder, or one above it")
+    add("--base", help="DynamiCrafter's checkpoint (512 or 1024) to start from; without it the start is random")
+    add("--preset", choices=PRESETS, help="size of the model; if left out, 512 with --base and tiny without")
+    add("--transfer", choices=TRANSFER_METHODS, default="mixed", help="how temporal kernels become causal")
+    add("--norm-scope", choices=["frame", "past", "clip"], default="frame",
+        help="frames that temporal norms see; clip is the paper's, and leaks the future")
+    add("--frames", type=int, default=16, help="frames per clip")
+    add("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; if left out, the preset's")
+    add("--out", default="runs/default", help="run folder")
+    add("--resume", action="store_true", help="go on with the run in --out, with its arguments where none are given")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    add("--steps", type=int, default=100_000)
+    add("--batch", type=int, default=8, help="clips per process and forward pass")
+    add("--accumulate", type=int, default=1, help="forward passes per step")
+    add("--lr", type=float, help="if left out, 1e-5 with --base and 1e-3 without")
+    add("--warmup", type=int, default=100, help="steps over which the learning rate rises")
+    add("--clip-grad", type=float, default=0.5)
+    add("--action-dropout", type=float, default=0.2, help="chance that a frame's action is hidden")
+    add("--image-dropout", type=float, default=0.05, help="chance that a clip's anchor image is blank")
+    add("--dropout", type=float, help="of every layer that has one; if left out, the network's own")
+    add("--checkpointing", action="store_true", help="recompute activations in the backward pass, to save memory")
+    add("--autoencoder-steps", type=int, default=1000, help="without --base: steps to train the autoencoder")
+    add("--save-every", type=int, default=500)
+    add("--val-every", type=int, default=500)
+    add("--val-clips", type=int, default=16, help="held-out clips in a validation loss")
+    add("--sample-every", type=int, default=1000, help="steps between strips of imagined frames")
+    add("--sample-steps", type=int, default=20, help="denoising steps per frame of such a strip")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode frames")
+    add("--seed", type=int, default=0)
+
+    args = parser.parse_args(argv)
+    if args.resume and (Path(args.out) / "arguments.json").exists():
+        parser.set_defaults(**json.loads((Path(args.out) / "arguments.json").read_text()))
+        args = parser.parse_args(argv)
+    args.preset = args.preset or ("512" if args.base else "tiny")
+    if not args.base and args.preset != "tiny":
+        parser.error(f"--preset {args.preset} starts from DynamiCrafter's checkpoint: name it with --base")
+    if not args.size:
+        height, width = DATA_SETS[args.data].aspect
+        args.size = [64, 64 * width // height] if args.preset == "tiny" else list(PRESETS[args.preset].size)
+    args.lr = args.lr or (1e-5 if args.base else 1e-3)
+    for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every", "val_clips",
+                 "sample_every", "sample_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    config = PRESETS[args.preset]
+    multiple = config.autoencoder.factor * 2 ** (len(config.unet.channel_mult) - 1)
+    if any(side < 1 or side % multiple for side in args.size):
+        parser.error(f"--size {args.size[0]} {args.size[1]}: height and width must be multiples of {multiple}")
+    if not 2 <= args.frames <= config.unet.num_frames:
+        parser.error(f"--frames must be between 2 and {config.unet.num_frames}")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(train(parse_arguments()))
+    except (DataError, CheckpointError, RequestError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)

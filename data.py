@@ -9,8 +9,8 @@ ever holding more than a few episodes in memory. Three steps lead there:
                    ──order──▶ clips 0, 1, 2, … are the same in every run with the same seed,
                               whatever the number of workers or processes
 
-RT-1 and Bridge come as TFRecord files of `tf.train.Example` messages. Reading those takes TensorFlow, or the
-hundred lines in the middle of this file.
+RT-1 and Bridge come as TFRecord files of `tf.train.Example` messages, which tools/tfrecord.py reads without TensorFlow;
+RT-1 also in the converted form that others use, one .npz per episode.
 """
 import hashlib
 import os
@@ -27,9 +27,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-
-class DataError(ValueError):
-    """Data that cannot be used; the message says what was found and what to do."""
+from tools.tfrecord import DataError, feature_bytes, feature_list, feature_numbers, parse_example, read_record, \
+    walk_records
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,7 @@ class Episode:
             raise DataError(f"episode {self.name} is damaged: {error}") from None
 
     def load_example(self) -> tuple[list[memoryview], np.ndarray]:
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            payload, crc = file.read(self.size), file.read(4)
-        if len(crc) < 4 or masked_crc32c(payload) != int.from_bytes(crc, "little"):
-            raise DataError("its checksum does not match (CRC-32C)")
-        example = parse_example(memoryview(payload))
+        example = parse_example(read_record(self.path, self.offset, self.size))
         images = feature_bytes(example, self.dataset.image)
         columns = [feature_numbers(example, name) for name, _ in self.dataset.actions]
         if any(len(column) != width * len(images) for column, (_, width) in zip(columns, self.dataset.actions)):
@@ -263,28 +257,21 @@ def index_shard(dataset: DataSet, path: Path) -> Iterator[tuple[int, int, int, i
     if path.suffix == ".npz":
         yield 0, 0, 0, os.path.getsize(path), npz_length(path)
         return
-    size = os.path.getsize(path)
-    if size == 0:
-        raise DataError(f"{path} is empty: fetch it again")
-    shard = memoryview(np.memmap(path, np.uint8, mode="r"))
-    position = number = 0
-    while position < size:
-        header = bytes(shard[position : position + 12])
-        if len(header) == 12 and masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
-            raise DataError(f"{path} is damaged: the record header at byte {position} fails its checksum; fetch it again")
-        length = int.from_bytes(header[:8], "little")
-        start, position = position + 12, position + 12 + length + 4
-        if len(header) < 12 or position > size:
-            raise DataError(f"{path} is truncated: record {number} ends after the file does; fetch it again")
+    for number, (offset, size, message) in enumerate(walk_records(path)):
         try:
-            frames = count_frames(dataset, shard[start : start + length])
+            frames = count_frames(dataset, message)
         except DataError as error:
-            checksum = int.from_bytes(shard[start + length : position], "little")
-            if masked_crc32c(bytes(shard[start : start + length])) == checksum:  # intact, so it is of another kind
+            if is_intact(path, offset, size):
                 raise DataError(f"{path} does not hold this data set: {error}") from None
             frames = -1
-        yield 0, number, start, length, frames
-        number += 1
+        yield 0, number, offset, size, frames
+
+
+def is_intact(path: Path, offset: int, size: int) -> bool:
+    try:
+        return bool(read_record(path, offset, size))
+    except DataError:
+        return False
 
 
 def count_frames(dataset: DataSet, message: memoryview) -> int:
@@ -311,79 +298,7 @@ def npz_length(path: Path) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# TFRecord: records framed by length and checksums, each a protocol buffer `Example{Features{map<name, Feature>}}`
-
-
-def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a protocol buffer message: number, and value (an int, or the bytes of anything longer)."""
-    position = 0
-    while position < len(message):
-        tag, position = varint(message, position)
-        wire = tag & 7
-        if wire == 0:
-            value, position = varint(message, position)
-        elif wire in (1, 2, 5):
-            size, position = varint(message, position) if wire == 2 else ({1: 8, 5: 4}[wire], position)
-            value, position = message[position : position + size], position + size
-            if position > len(message):
-                raise DataError("its message is cut short")
-        else:
-            raise DataError("its message is no protocol buffer")
-        yield tag >> 3, value
-
-
-def varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A little-endian base-128 number, and where it ends."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(message):
-            raise DataError("its message is cut short")
-        byte = message[position]
-        value |= (byte & 127) << shift
-        position += 1
-        if byte < 128:
-            return value, position
-    raise DataError("its message is no protocol buffer")
-
-
-def parse_example(message: memoryview) -> dict[str, memoryview]:
-    """Feature name -> encoded Feature. Nothing inside the features is touched."""
-    example = {}
-    for _, features in fields(message):
-        for _, entry in fields(features):
-            entry = dict(fields(entry))  # 1: the name, 2: the feature
-            example[bytes(entry.get(1, b"")).decode("utf-8", "replace")] = entry.get(2, memoryview(b""))
-    return example
-
-
-def feature_list(example: dict[str, memoryview], name: str) -> tuple[int, memoryview]:
-    """A feature's kind (1 bytes, 2 float, 3 int64) and its encoded list."""
-    if name not in example:
-        raise DataError(f"there is no feature {name!r}; there are {', '.join(sorted(example)[:8])}, …")
-    return next(fields(example[name]), (1, memoryview(b"")))
-
-
-def feature_bytes(example: dict[str, memoryview], name: str) -> list[memoryview]:
-    _, values = feature_list(example, name)
-    return [value for _, value in fields(values)]
-
-
-def feature_numbers(example: dict[str, memoryview], name: str) -> np.ndarray:
-    """A list of floats or integers, packed or not."""
-    kind, values = feature_list(example, name)
-    numbers = []
-    for _, value in fields(values):
-        if kind == 2:  # 4 bytes each, one or many
-            numbers.append(np.frombuffer(value, "<f4"))
-        elif isinstance(value, int):
-            numbers.append([value])
-        else:
-            position = 0
-            while position < len(value):
-                number, position = varint(value, position)
-                numbers.append([number])
-    numbers = np.concatenate(numbers) if numbers else np.zeros(0)
-    return numbers if kind == 2 else numbers.astype(np.uint64).astype(np.int64)  # negative ones come as 2⁶⁴ - n
+# Clips
 
 
 def decode(image: memoryview | np.ndarray) -> np.ndarray:
@@ -394,57 +309,6 @@ def decode(image: memoryview | np.ndarray) -> np.ndarray:
         return np.asarray(Image.open(BytesIO(image)).convert("RGB"))
     except (OSError, SyntaxError, ValueError):
         raise DataError("a frame is no readable picture") from None
-
-
-def masked_crc32c(data: bytes) -> int:
-    """The checksum of TFRecord: CRC-32C, rotated and shifted so that data may contain its own checksum."""
-    crc = crc32c(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-CRC_TABLE = np.arange(256, dtype=np.uint32)
-for _ in range(8):
-    CRC_TABLE = np.where(CRC_TABLE & 1, CRC_TABLE >> 1 ^ np.uint32(0x82F63B78), CRC_TABLE >> 1)
-CRC_LIST = CRC_TABLE.tolist()
-
-
-def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli, RFC 3720 appendix B.4), fast enough for megabytes without compiled code.
-
-    The register is linear over bits. So the data is cut into equal lanes, which numpy advances side by side,
-    one byte of each at a time; then neighbours are joined, crc(AB) = shift(crc(A), len(B)) ^ crc(B), where the
-    shift is a 32×32 bit matrix that is found by sending its 32 unit vectors along as further lanes.
-    """
-    if len(data) < 256:
-        crc = 0xFFFFFFFF
-        for byte in data:
-            crc = CRC_LIST[(crc ^ byte) & 255] ^ crc >> 8
-        return crc ^ 0xFFFFFFFF
-
-    lanes = 1 << (len(data).bit_length() // 2 + 2)
-    length = -(-len(data) // lanes)
-    padded = np.zeros((lanes + 32, length), np.uint8)  # zeros in front change nothing in a register that starts at zero
-    padded.reshape(-1)[lanes * length - len(data) : lanes * length] = np.frombuffer(data, np.uint8)
-    padded.reshape(-1)[lanes * length - len(data) :][:4] ^= 255  # the same as starting the register at 0xFFFFFFFF
-    crc = np.zeros(lanes + 32, np.uint32)
-    crc[lanes:] = 1 << np.arange(32, dtype=np.uint32)
-    for column in np.ascontiguousarray(padded.T):
-        crc = CRC_TABLE[(crc ^ column) & 255] ^ crc >> 8
-
-    crc, shift = crc[:lanes], crc[lanes:]
-
-    def shifted(x: np.ndarray) -> np.ndarray:
-        bits = x[:, None] >> np.arange(32, dtype=np.uint32) & 1
-        return np.bitwise_xor.reduce(bits * shift, axis=1)
-
-    while len(crc) > 1:
-        crc = shifted(crc[0::2]) ^ crc[1::2]
-        shift = shifted(shift)
-    return int(crc[0]) ^ 0xFFFFFFFF
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Clips
 
 
 def fit_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -230,10 +230,11 @@ def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context:
     """
     world.reset(frames[:context], actions[: context - 1])
     given = list(world.frames[0].numpy())
-    return np.stack(given + [world.step(action) for action in tqdm(actions[context - 1 :], unit="frame", leave=False)])
+    bar = tqdm(actions[context - 1 :], unit="frame", leave=False, disable=None)
+    return np.stack(given + [world.step(action) for action in bar])
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Roll a world model out on an episode's actions, or on others.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -257,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--nar", action="store_true", help="sample all frames together (the paper's Vid2World-NAR)")
     add("--device", help="cpu, cuda, …; if left out, CUDA where there is one")
     add("--out", default="rollouts", help="folder for the pictures")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def choose_actions(args: argparse.Namespace, recorded: np.ndarray, action_dim: int) -> tuple[np.ndarray, str]:
@@ -280,7 +281,7 @@ def choose_actions(args: argparse.Namespace, recorded: np.ndarray, action_dim: i
     return actions[: args.frames - 1], origin
 
 
-def main(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("guidance", "steps", "seed", "eta", "overlap", "rescale")}
     world = load_world(args.checkpoint, args.device, **options)
     path = Path(args.checkpoint)
@@ -324,9 +325,15 @@ def main(args: argparse.Namespace) -> None:
     print(f"pictures: {stem}.png, {stem}.gif")
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code: 2 if it cannot be done, after one sentence that says why."""
     try:
-        main(parse_arguments())
+        run(parse_arguments(argv))
+        return 0
     except (DataError, CheckpointError, RequestError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -443,9 +443,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code: 2 if it cannot be done, after one sentence that says why."""
     try:
-        sys.exit(train(parse_arguments()))
+        return train(parse_arguments(argv))
     except (DataError, CheckpointError, RequestError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1056 @@
+"""Every claim that a CPU can check. `python test_all.py` or `pytest test_all.py`; no GPU, no network, no downloads.
+
+A test's name is the claim. Sections follow the files. `golden/` holds inputs and outputs of the original networks
+at small sizes; their weights come from a recipe (`recipe` below), so both sides can have the same ones without
+any being stored.
+"""
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import data
+import sample
+import train
+from action_guidance import align_actions, drop_actions, guide
+from causal_conv import TRANSFER_METHODS, TemporalConv, TemporalNorm, transfer_weights
+from data import Clips, DataError, collate, fit_frames, open_episodes
+from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss
+from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
+from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig, preprocess
+from dynamicrafter.model import PRESETS, Model, load_model
+from dynamicrafter.resampler import Resampler, ResamplerConfig
+from sample import RequestError, WorldModel, load_world
+from tools.tfrecord import crc32c, encode_example, encode_field, feature_numbers, parse_example, write_records
+from unet import CheckpointError, UNet, UNetConfig, load_dynamicrafter, load_vid2world, read_checkpoint, \
+    sinusoidal_embedding
+
+HERE = Path(__file__).parent
+SMALL = UNetConfig(model_channels=32, num_res_blocks=1, channel_mult=(1, 2), head_channels=16, context_dim=48, num_frames=4)
+WORLD = replace(SMALL, causal=True, norm_scope="frame", action_dim=13)
+os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp()  # indexes of this run's data
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the tests are made of
+
+
+def golden(name: str) -> dict:
+    with np.load(HERE / "golden" / f"{name}.npz") as arrays:
+        return {key: json.loads(str(arrays[key])) if key == "config" else torch.from_numpy(arrays[key]) for key in arrays}
+
+
+def recipe(names_and_shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The golden weights: seeded by the full name of each parameter."""
+    weights = {}
+    for name, shape in names_and_shapes.items():
+        w = np.random.RandomState(crc32(name.encode())).standard_normal(shape).astype(np.float32)
+        if len(shape) >= 2:
+            w /= np.sqrt(np.prod(shape[1:]))
+        else:
+            w = 0.1 * w + (len(shape) == 1 and name.endswith("weight"))
+        weights[name] = torch.as_tensor(w, dtype=torch.float32)
+    return weights
+
+
+def with_recipe(network: nn.Module, prefix: str) -> nn.Module:
+    weights = recipe({prefix + name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
+    network.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    return network.eval()
+
+
+def error_of(ours: Tensor, theirs: Tensor) -> float:
+    """Relative L2 distance."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+@contextlib.contextmanager
+def raises(kind: type[Exception], words: str):
+    """The block must raise `kind` with a message that matches `words`."""
+    try:
+        yield
+    except kind as error:
+        assert re.search(words, str(error)), f"the message {error!s:.300} lacks {words!r}"
+        assert "\n" not in str(error), f"more than one line: {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__} was raised")
+
+
+def folder() -> Path:
+    return Path(tempfile.mkdtemp())
+
+
+def run_command(main, *words: object) -> tuple[int, str]:
+    """A command in this process: its exit code and what it printed."""
+    printed = io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            code = main([str(word) for word in words])
+    except SystemExit as leaving:  # argparse
+        code = leaving.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code, printed.getvalue()
+
+
+def refused(main, *words: object, saying: str) -> None:
+    """The command must exit with code 2 after one sentence, and no traceback."""
+    code, printed = run_command(main, *words)
+    assert code == 2, f"exit code {code}\n{printed}"
+    assert "Traceback" not in printed and re.search(saying, printed), printed
+
+
+# ---------------------------------------------------------------------------------------------------------
+# causal_conv.py
+
+
+def old_and_new(method: str, x: Tensor, size: int = 3) -> tuple[Tensor, Tensor]:
+    """A centred convolution's output on x [B, C, T, H, W], and that of the causal one made from it."""
+    torch.manual_seed(0)
+    old, new = TemporalConv(x.shape[1], size).double(), TemporalConv(x.shape[1], size, causal=True).double()
+    new.load_state_dict({"weight": transfer_weights(old.weight.detach(), method), "bias": old.bias.detach()})
+    with torch.no_grad():
+        return old(x), new(x)
+
+
+def test_each_transfer_is_its_formula():
+    w = torch.randn(2, 3, 3, 1, 1)
+    past, now, future = w[:, :, 0], w[:, :, 1], w[:, :, 2]
+    zero, mean = 0 * now, (past + now + future) / 3
+    by_hand = {"shift": (past, now, future), "masked": (zero, past, now), "mixed": (mean, past, now),
+               "extrapolative": (zero, past - future, now + 2 * future)}
+    for method, taps in by_hand.items():
+        assert torch.allclose(transfer_weights(w, method), torch.stack(taps, dim=2)), method
+
+
+def test_transfers_hold_for_any_odd_kernel():
+    w = torch.tensor([1.0, 2, 3, 4, 5]).view(1, 1, 5, 1, 1)  # on frames t-2 .. t+2
+    expected = {"shift": [1, 2, 3, 4, 5], "masked": [0, 0, 1, 2, 3], "mixed": [3, 3, 1, 2, 3],
+                "extrapolative": [0, 0, 1, 2 - 4 - 2 * 5, 3 + 2 * 4 + 3 * 5]}
+    for method, taps in expected.items():
+        assert transfer_weights(w, method).flatten().tolist() == taps, method
+        assert torch.equal(transfer_weights(w[:, :, :1], method), w[:, :, :1]), f"{method} of a kernel of one frame"
+
+
+def test_shift_reproduces_the_old_output_one_frame_late():
+    for size in (3, 5):
+        old, new = old_and_new("shift", torch.randn(1, 4, 9, 2, 2, dtype=torch.float64), size)
+        late = (size - 1) // 2
+        assert torch.allclose(new[:, :, late:], old[:, :, :-late])
+
+
+def test_extrapolative_is_exact_on_inputs_linear_in_time():
+    for size in (3, 5):
+        start, slope = torch.randn(2, 1, 4, 1, 2, 2, dtype=torch.float64)
+        old, new = old_and_new("extrapolative", start + slope * torch.arange(9).view(9, 1, 1), size)
+        assert torch.allclose(new[:, :, 2:-2], old[:, :, 2:-2])  # the ends are padded
+        old, new = old_and_new("masked", start + slope * torch.arange(9).view(9, 1, 1), size)
+        assert not torch.allclose(new[:, :, 2:-2], old[:, :, 2:-2])
+
+
+def test_masked_and_mixed_keep_the_old_output_where_the_future_is_zero():
+    x = torch.randn(1, 4, 6, 2, 2, dtype=torch.float64)
+    x[:, :, 4:] = 0
+    old, masked = old_and_new("masked", x)
+    assert torch.allclose(masked[:, :, 3], old[:, :, 3])  # frame 4 is zero
+    _, mixed = old_and_new("mixed", x)
+    unseen_before = x.clone()
+    unseen_before[:, :, 1] = 0
+    old_alone, mixed_alone = old_and_new("mixed", unseen_before)
+    assert torch.allclose(mixed_alone[:, :, 3], old_alone[:, :, 3])  # and so is frame 1, which only the mean looks at
+    torch.manual_seed(0)
+    mean = TemporalConv(4).double().weight.detach().mean(dim=2)[:, :, 0, 0]
+    assert torch.allclose(mixed[:, :, 3] - old[:, :, 3], torch.einsum("oi,bihw->bohw", mean, x[:, :, 1]))
+
+
+def test_transfer_refuses_what_it_does_not_know():
+    with raises(ValueError, "mixed, shift, masked, extrapolative"):
+        transfer_weights(torch.zeros(1, 1, 3, 1, 1), "magic")
+    with raises(ValueError, "odd"):
+        transfer_weights(torch.zeros(1, 1, 4, 1, 1), "mixed")
+
+
+def test_norm_scopes_see_the_frames_they_name():
+    x = 3 * torch.randn(2, 64, 5, 3, 4) + torch.randn(5).view(5, 1, 1)
+    norms = {scope: TemporalNorm(32, 64, scope=scope) for scope in ("clip", "past", "frame")}
+    for norm in norms.values():
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+        nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(2))
+    plain = nn.GroupNorm(32, 64)
+    plain.load_state_dict(norms["clip"].state_dict())
+    assert torch.equal(norms["clip"](x), plain(x))
+    for t in range(5):
+        assert torch.allclose(norms["past"](x)[:, :, t], plain(x[:, :, : t + 1])[:, :, t], atol=1e-5)
+        assert torch.allclose(norms["frame"](x)[:, :, t], plain(x[:, :, t]), atol=1e-5)
+    assert torch.allclose(norms["past"](x)[:, :, -1], norms["clip"](x)[:, :, -1], atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# unet.py, causal_attention.py: agreement with the originals
+
+
+def network_inputs(g: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, C, H, W], text [B, 77, D] and image [B, T, 16, D] from the originals' layout."""
+    T = g["x"].shape[2]
+    return g["x"].transpose(1, 2), g["context"][:, :77], g["context"][:, 77:].unflatten(1, (T, 16))
+
+
+@torch.no_grad()
+def test_unet_agrees_with_dynamicrafter():
+    g = golden("unet_tiny")
+    x, text, image = network_inputs(g)
+    y = with_recipe(UNet(SMALL), "model.diffusion_model.")(x, g["timesteps"], text, image, fps=g["fps"])
+    assert error_of(y, g["y"].transpose(1, 2)) < 1e-5
+
+
+def released_names(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released Vid2World U-Net, which wraps its causal convolutions."""
+    with torch.device("meta"):
+        network = UNet(replace(config, causal=True, height_causal_out=True))
+    layers = dict(network.named_modules())
+    names = {}
+    for name, tensor in network.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        infix = "conv3d." if isinstance(layers[layer], TemporalConv) else "conv2d." if layer == "out.2" else ""
+        names[f"model.diffusion_model.{layer}.{infix}{leaf}"] = tuple(tensor.shape)
+    return names
+
+
+@torch.no_grad()
+def test_released_vid2world_agrees_with_the_authors():
+    path = folder() / "vid2world.ckpt"
+    config = replace(SMALL, action_dim=13, default_fps=3)
+    torch.save({"state_dict": recipe(released_names(config))}, path)
+    network = load_vid2world(path, config).eval()
+    g = golden("vid2world_tiny")
+    x, text, image = network_inputs(g)
+    k, actions, mask = g["timesteps"], align_actions(g["actions"]), g["action_mask"]
+    y = network(x, k, text, image, g["fps"], actions, mask)
+    assert error_of(y, g["y_4"].transpose(1, 2)) < 1e-5
+    all_tokens = image.flatten(1, 2)[:, None].expand(-1, 3, -1, -1)  # the third quirk: a clip that is not full
+    y = network(x[:, :3], k[:, :3], text, all_tokens, g["fps"], actions[:, :3], mask[:, :3])
+    assert error_of(y, g["y_3"].transpose(1, 2)) < 1e-5
+
+
+@torch.no_grad()
+def test_autoencoder_agrees_with_the_original_both_ways():
+    g = golden("autoencoder_tiny")
+    autoencoder = with_recipe(Autoencoder(AutoencoderConfig(32, (1, 2, 2), 1, latent_scale=1.0)), "first_stage_model.")
+    assert error_of(autoencoder.moments(g["image"]), g["moments"]) < 1e-5
+    assert error_of(autoencoder.decode(g["latent"][None])[0], g["decoded"]) < 1e-5
+
+
+@torch.no_grad()
+def test_resampler_and_both_towers_agree_with_the_originals():
+    g = golden("resampler_tiny")
+    resampler = with_recipe(Resampler(ResamplerConfig(48, 2, 3, 16, 4, 64, 48, 4)), "image_proj_model.")
+    assert error_of(resampler(g["tokens"]), g["y"]) < 1e-5
+    g = golden("clip_image_tiny")
+    tower = with_recipe(ImageTower(ImageTowerConfig(28, 14, 64, 2, 4, 48)), "embedder.model.visual.")
+    assert error_of(tower(g["normalised_image"]), g["tokens"]) < 1e-5
+    g = golden("clip_text_tiny")
+    tower = with_recipe(TextTower(TextTowerConfig(77, 49408, 48, 3, 3, 48)), "cond_stage_model.model.")
+    assert error_of(tower(g["token_ids"]), g["y"]) < 1e-5
+    assert torch.equal(tower.empty_caption(), tower(g["token_ids"])[0])
+
+
+def test_preprocessing_agrees_with_the_original():
+    g = golden("clip_preprocess")
+    assert error_of(preprocess(g["image"]), g["y"]) < 1e-5
+
+
+def test_schedule_agrees_with_the_original():
+    g = golden("schedule")
+    schedule = NoiseSchedule(0.7)
+    assert error_of(schedule.alphas_cumprod, g["alphas_cumprod"]) < 1e-5 and schedule.alphas_cumprod[999] == 0
+    assert error_of(schedule.scale, g["scale_512"][:1000]) < 1e-5
+    assert error_of(NoiseSchedule(0.3).scale, g["scale_1024"][:1000]) < 1e-5
+    for steps in (5, 10, 25, 50):
+        assert schedule.ddim_levels(steps)[::-1] == g[f"trailing_{steps}"].tolist()
+    levels = schedule.ddim_levels(50)
+    sigmas = [schedule.ddim_sigma(k, after, 1.0, like=torch.zeros(1)) for k, after in zip(levels, levels[1:] + [0])]
+    assert error_of(torch.cat(sigmas[::-1]), g["ddim50_sigmas_eta1"]) < 1e-5
+    embedding = sinusoidal_embedding(torch.tensor([0, 39, 999]), 64)
+    assert error_of(embedding, g["timestep_embedding_0_39_999_dim64"]) < 1e-5
+
+
+def full_size_parts(unet: UNetConfig = UNetConfig()) -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        return {"model.diffusion_model.": UNet(unet), "first_stage_model.": Autoencoder(), "image_proj_model.": Resampler(),
+                "embedder.model.visual.": ImageTower(), "cond_stage_model.model.": TextTower()}
+
+
+def names_of(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    return {prefix + name: tuple(t.shape) for prefix, part in parts.items() for name, t in part.state_dict().items()}
+
+
+def test_full_size_names_and_shapes_are_the_checkpoints():
+    theirs = {}
+    for line in (HERE / "golden/dynamicrafter_512_keys.tsv").read_text().splitlines():
+        name, _, shape = line.partition("\t")
+        theirs[name] = tuple(int(n) for n in shape.split(",") if n)
+    leftover = re.compile(r"embedder\.model\.(?!visual\.)|cond_stage_model\.model\.logit_scale$|[a-z0-9_]+$")  # or a buffer
+    theirs = {name: shape for name, shape in theirs.items() if not leftover.match(name)}
+    assert len(theirs) == 2500 and names_of(full_size_parts()) == theirs
+
+
+def test_becoming_causal_changes_no_parameter_but_the_actions():
+    parts = full_size_parts(UNetConfig(causal=True, norm_scope="past", action_dim=13))
+    new = set(names_of(parts)) - set(names_of(full_size_parts()))
+    assert new == {f"model.diffusion_model.action_emb_proj.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")}
+    assert sum(isinstance(layer, TemporalConv) for layer in parts["model.diffusion_model."].modules()) == 88
+
+
+# ---------------------------------------------------------------------------------------------------------
+# unet.py: loading
+
+
+def small_checkpoint(**changes: object) -> Path:
+    """A DynamiCrafter checkpoint as Lightning saves it, complete but small. A change of None leaves the name out."""
+    parts = {"model.diffusion_model.": UNet(SMALL), "embedder.model.visual.": ImageTower(ImageTowerConfig(28, 14, 64, 2, 4, 48)),
+             "cond_stage_model.model.": TextTower(TextTowerConfig(77, 49408, 48, 3, 3, 48)),
+             "image_proj_model.": Resampler(ResamplerConfig(48, 1, 3, 16, 16, 64, 48, 4)),
+             "first_stage_model.": Autoencoder(AutoencoderConfig(32, (1, 2), 1))}
+    names = names_of(parts) | {"betas": (1000,), "scale_arr": (1400,), "cond_stage_model.model.logit_scale": (),
+                               "embedder.model.logit_scale": (), "embedder.model.ln_final.bias": (48,)}
+    weights = {name: torch.randn(shape) * 0.05 for name, shape in names.items()} | changes
+    path = folder() / "model.ckpt"
+    torch.save({"state_dict": {name: w for name, w in weights.items() if w is not None}, "global_step": 0}, path)
+    return path
+
+
+def test_a_dynamicrafter_checkpoint_loads_with_every_transfer():
+    path = small_checkpoint()
+    stored = {name.removeprefix("model.diffusion_model."): w for name, w in read_checkpoint(path)["state_dict"].items()}
+    for method in TRANSFER_METHODS:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            network = load_dynamicrafter(path, WORLD, transfer=method)
+        assert f"32 temporal kernels carried over by '{method}', action embedding new" in printed.getvalue()
+        for name, tensor in network.state_dict().items():
+            if re.search(r"temopral_conv\.conv\d\.[23]\.weight", name):
+                assert torch.equal(tensor, transfer_weights(stored[name], method)), name
+            elif name.startswith("action_emb_proj"):
+                assert name not in stored and tensor.isfinite().all() and tensor.abs().max() > 0
+            else:
+                assert torch.equal(tensor, stored[name]), name
+    passive = load_dynamicrafter(path, SMALL)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in passive.state_dict().items())
+
+
+def test_loading_takes_no_second_copy():
+    path = small_checkpoint()
+    network = load_dynamicrafter(path, SMALL)
+    file = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line] \
+        if Path("/proc/self/maps").exists() else [str(path)]
+    assert file and next(network.parameters()).requires_grad
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
+    prefix = "model.diffusion_model."
+    missing = small_checkpoint(**{prefix + "out.0.bias": None, prefix + "out.2.bias": None})
+    with raises(CheckpointError, r"2 missing \(out.0.bias, out.2.bias\)"):
+        load_dynamicrafter(missing, SMALL)
+    with raises(CheckpointError, r"1 unexpected \(surprise.weight\)"):
+        load_dynamicrafter(small_checkpoint(**{prefix + "surprise.weight": torch.zeros(3)}), SMALL)
+    with raises(CheckpointError, r"1 misshapen \(out.0.bias \[7\] for \[32\]\)"):
+        load_dynamicrafter(small_checkpoint(**{prefix + "out.0.bias": torch.zeros(7)}), SMALL)
+    learnable_scale = {prefix + "input_blocks.1.1.transformer_blocks.0.attn2.alpha": torch.zeros(())}
+    with raises(CheckpointError, "DynamiCrafter-256"):
+        load_dynamicrafter(small_checkpoint(**learnable_scale), SMALL)
+    with raises(CheckpointError, "no checkpoint at"):
+        load_dynamicrafter("nowhere.ckpt", SMALL)
+    whole = small_checkpoint()
+    whole.write_bytes(whole.read_bytes()[:-1000])
+    with raises(CheckpointError, "truncated"):
+        load_dynamicrafter(whole, SMALL)
+
+
+class Exploit:
+    """Unpickling this leaves a file behind."""
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not():
+    mark, path = folder() / "executed", folder() / "evil.ckpt"
+    torch.save({"state_dict": {}, "hook": Exploit(mark)}, path)
+    with raises(CheckpointError, "refused"):
+        read_checkpoint(path)
+    path.write_bytes(pickle.dumps(Exploit(mark)))
+    with raises(CheckpointError, "truncated|no PyTorch"):
+        read_checkpoint(path)
+    assert not mark.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# unet.py: causality
+
+
+def causal_network(scope: str) -> tuple[UNet, dict[str, Tensor]]:
+    """A causal network with random weights everywhere, and inputs for it."""
+    network = with_recipe(UNet(replace(WORLD, norm_scope=scope)), "any.")
+    random = torch.Generator().manual_seed(0)
+    inputs = {"x": torch.randn(1, 6, 8, 8, 8, generator=random), "k": torch.randint(1000, (1, 6), generator=random),
+              "text": torch.randn(1, 77, 48, generator=random), "image": torch.randn(1, 6, 4, 48, generator=random),
+              "actions": torch.randn(1, 6, 13, generator=random), "action_mask": torch.ones(1, 6)}
+    return network, inputs
+
+
+def leaks(network: UNet, inputs: dict[str, Tensor], t: int = 2) -> list[str]:
+    """The inputs after frame t that reach outputs up to t, by value (bit for bit) or by gradient."""
+    found = []
+    with torch.no_grad():
+        y = network(**inputs)[:, : t + 1]
+        for name in ("x", "k", "image", "actions", "action_mask"):
+            changed = inputs[name].clone()
+            changed[:, t + 1 :] = 7 if name == "k" else 0.5
+            if not torch.equal(network(**inputs | {name: changed})[:, : t + 1], y):
+                found.append(name)
+    leaves = {name: inputs[name].clone().requires_grad_() for name in ("x", "image", "actions")}
+    network(**inputs | leaves)[:, : t + 1].square().sum().backward()
+    found += [f"gradient of {name}" for name, leaf in leaves.items() if leaf.grad[:, t + 1 :].abs().max() > 0]
+    return found
+
+
+def test_future_frames_never_reach_the_past():
+    for scope in ("past", "frame"):
+        network, inputs = causal_network(scope)
+        assert leaks(network, inputs) == [], scope
+        y = network(**inputs)
+        for name in ("x", "k", "image", "actions", "action_mask"):  # and yet the past is looked at
+            changed = inputs[name].clone()
+            changed[:, 2] = 7 if name == "k" else 0.5
+            assert not torch.equal(network(**inputs | {name: changed})[:, 3:], y[:, 3:]), f"{scope}: {name} has no effect"
+
+
+@torch.no_grad()
+def test_the_first_frames_alone_give_the_same_outputs():
+    for scope in ("past", "frame"):
+        network, inputs = causal_network(scope)
+        whole = network(**inputs)
+        for t in range(1, 6):
+            first = network(**{name: value if name == "text" else value[:, :t] for name, value in inputs.items()})
+            assert error_of(first, whole[:, :t]) < 1e-5, (scope, t)
+
+
+def test_norms_over_the_whole_clip_leak_the_future():
+    network, inputs = causal_network("clip")
+    found = leaks(network, inputs)
+    assert "x" in found and "gradient of x" in found and "actions" in found
+
+
+@torch.no_grad()
+def test_norm_scopes_agree_on_a_single_frame():
+    outputs = []
+    for scope in ("clip", "past", "frame"):
+        network, inputs = causal_network(scope)
+        outputs.append(network(**{name: value if name == "text" else value[:, :1] for name, value in inputs.items()}))
+    assert error_of(outputs[1], outputs[0]) < 1e-5 and error_of(outputs[2], outputs[0]) < 1e-5
+
+
+def test_a_new_network_predicts_zero_and_its_temporal_layers_change_nothing():
+    network = UNet(WORLD)
+    _, inputs = causal_network("frame")
+    assert network(**inputs).abs().max() == 0
+    zero = [name for name, w in network.named_parameters() if name.endswith("weight") and w.ndim > 1 and not w.any()]
+    kinds = {re.sub(r"^(\w+_blocks?\.[\d.]+|init_attn\.0\.)", "", name) for name in zero}
+    assert kinds == {"temopral_conv.conv4.3.weight", "out_layers.3.weight", "proj_out.weight", "out.2.weight",
+                     "fps_embedding.2.weight"}
+
+
+def test_recomputing_activations_changes_no_gradient():
+    network, inputs = causal_network("past")
+    gradients = []
+    for network.checkpointing in (False, True):
+        network.zero_grad()
+        network(**inputs).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+    assert error_of(gradients[1], gradients[0]) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------
+# diffusion_forcing.py
+
+
+def test_velocity_and_noise_determine_each_other():
+    schedule, k = NoiseSchedule(), torch.tensor([[0, 39, 999], [250, 500, 750]])
+    z, noise = torch.randn(2, 2, 3, 4, 5, 6)
+    x, v = schedule.add_noise(z, k, noise), schedule.velocity(z, k, noise)
+    alpha, scale = schedule.alphas_cumprod[k][..., None, None, None], schedule.scale[k][..., None, None, None]
+    assert torch.allclose(alpha.sqrt() * x - (1 - alpha).sqrt() * v, scale * z, atol=1e-5)
+    assert torch.allclose(alpha.sqrt() * v + (1 - alpha).sqrt() * x, noise, atol=1e-5)
+    assert torch.equal(x[0, 2], noise[0, 2])  # level 999 is noise alone
+
+
+def test_sampling_with_the_true_velocity_returns_the_clean_latents():
+    schedule, z, noise = NoiseSchedule(), *torch.randn(2, 1, 1, 4, 5, 6)
+    for steps in (1, 10, 50):
+        levels = schedule.ddim_levels(steps)
+        x = schedule.add_noise(z, levels[0], noise)
+        for k, k_next in zip(levels, levels[1:] + [0]):
+            x = schedule.ddim_step(x, schedule.velocity(z, k, noise), k, k_next, eta=0.0)
+            assert torch.allclose(x, schedule.add_noise(z, k_next, noise), atol=1e-4)
+    alpha = schedule.alphas_cumprod[0]  # and at the end no signal scale is left in
+    assert torch.allclose((x - (1 - alpha).sqrt() * noise) / alpha.sqrt(), z, atol=1e-3)
+
+
+def test_fresh_noise_keeps_the_variance_of_a_level():
+    schedule = NoiseSchedule()
+    z, noise, fresh = torch.zeros(1, 1, 100_000), *torch.randn(2, 1, 1, 100_000)
+    for eta in (0.0, 0.5, 1.0):
+        x = schedule.ddim_step(noise * (1 - schedule.alphas_cumprod[499]).sqrt(), schedule.velocity(z, 499, noise), 499, 299,
+                               eta, fresh)
+        assert abs(x.var().item() / (1 - schedule.alphas_cumprod[299]).item() - 1) < 0.03, eta
+
+
+def test_the_loss_is_zero_for_a_network_that_knows_and_compares_velocities():
+    schedule, z, noise, k = NoiseSchedule(), *torch.randn(2, 2, 3, 4, 5, 6), torch.randint(1000, (2, 3))
+    assert diffusion_forcing_loss(lambda x, k: schedule.velocity(z, k, noise), schedule, z, k, noise) == 0
+    nothing = diffusion_forcing_loss(lambda x, k: torch.zeros_like(x), schedule, z, k, noise)
+    assert torch.allclose(nothing, schedule.velocity(z, k, noise).square().mean())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# action_guidance.py
+
+
+def test_actions_are_aligned_with_the_frame_they_lead_to():
+    actions = torch.arange(1.0, 7).view(1, 3, 2)
+    assert align_actions(actions).tolist() == [[[0, 0], [1, 2], [3, 4]]]
+
+
+def test_actions_are_dropped_independently_per_frame():
+    mask = drop_actions(torch.zeros(4000, 8, 3), 0.2, torch.Generator().manual_seed(0))
+    dropped = 1 - mask
+    assert set(mask.unique().tolist()) == {0, 1} and abs(dropped.mean() - 0.2) < 0.01
+    together = (dropped[:, 1:] * dropped[:, :-1]).mean()
+    assert abs(together - 0.2**2) < 0.005
+
+
+@torch.no_grad()
+def test_a_dropped_action_is_not_an_action_of_zeros():
+    network, inputs = causal_network("frame")
+    zeros = network(**inputs | {"actions": torch.zeros(1, 6, 13)})
+    dropped = network(**inputs | {"action_mask": torch.zeros(1, 6)})
+    without = network(**{name: value for name, value in inputs.items() if not name.startswith("action")})
+    assert torch.equal(dropped, without) and not torch.allclose(zeros, dropped)
+
+
+def test_guidance_exaggerates_and_rescale_restores_the_contrast():
+    v_cond, v_uncond = torch.randn(2, 2, 3, 4, 5, 6)
+    assert torch.allclose(guide(v_cond, v_uncond, 1.0), v_cond, atol=1e-6) and torch.equal(guide(v_cond, v_uncond, 0.0), v_uncond)
+    assert torch.allclose(guide(v_cond, v_uncond, 3.0), 3 * v_cond - 2 * v_uncond, atol=1e-5)
+    rescaled = guide(v_cond, v_uncond, 3.0, rescale=1.0)
+    assert torch.allclose(rescaled.std((-3, -2, -1)), v_cond.std((-3, -2, -1)), rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# data.py, tools/tfrecord.py
+
+
+def make_episode(length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A square that obeys: frames [T, 32, 40, 3] and RT-1 actions [T, 13], of which 10 and 11 move it."""
+    random = np.random.default_rng(seed)
+    frames, actions = np.full((length, 32, 40, 3), 60, np.uint8), np.zeros((length, 13), np.float32)
+    actions[:, 10:12] = random.integers(-1, 2, (length, 2))
+    y, x = random.integers(8, 20, 2)
+    for t in range(length):
+        frames[t, y : y + 8, x : x + 8] = 220
+        y, x = np.clip([y + 4 * actions[t, 10], x + 4 * actions[t, 11]], 0, [24, 32]).astype(int)
+    return frames, actions
+
+
+def make_rt1(lengths: list[int], shards: int = 1, name: str = "fractal20220817_data-train") -> Path:
+    """A small RT-1: episode i has lengths[i] frames."""
+    root = folder() / "fractal20220817_data" / "0.1.0"
+    root.mkdir(parents=True)
+    payloads = []
+    for i, length in enumerate(lengths):
+        frames, actions = make_episode(length, seed=i)
+        features = {"steps/observation/image": [encode_jpeg(frame) for frame in frames]}
+        first = 0
+        for key, width in data.DATA_SETS["rt1"].actions:
+            column = actions[:, first : first + width].ravel()
+            features[key] = column.astype(np.int64) if "terminate" in key else column
+            first += width
+        payloads.append(encode_example(features))
+    for s in range(shards):
+        write_records(root / f"{name}.tfrecord-{s:05d}-of-{shards:05d}", payloads[s::shards])
+    return root.parent
+
+
+def encode_jpeg(frame: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def shard_of(root: Path, i: int = 0) -> Path:
+    return sorted(root.rglob("*.tfrecord-*"))[i]
+
+
+def flip_byte(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_checksum_is_crc32c():
+    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720
+    assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(bytes(range(32))) == 0x46DD794E
+    text = np.random.default_rng(0).bytes(5000)
+    for cut in (255, 256, 257, 1000, 4999):  # the fast way above 256 bytes against the plain one below
+        crc = 0xFFFFFFFF
+        for byte in text[:cut]:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        assert crc32c(text[:cut]) == crc ^ 0xFFFFFFFF, cut
+
+
+def test_episodes_come_back_as_they_were_written():
+    root = make_rt1([5, 9, 7], shards=2)
+    episodes = open_episodes("rt1", root)
+    assert sorted(len(e.frames) for e in episodes) == sorted(e.length for e in episodes) == [5, 7, 9]
+    frames, actions = make_episode(9, seed=1)
+    episode = next(e for e in episodes if e.length == 9)
+    assert np.array_equal(episode.actions, actions) and episode.actions.dtype == np.float32
+    assert episode.frames.shape == frames.shape and np.abs(episode.frames.astype(int) - frames).mean() < 3  # it is JPEG
+    part, part_actions = episode.read(2, 6)
+    assert np.array_equal(part, episode.frames[2:6]) and np.array_equal(part_actions, actions[2:6])
+    for root_too in (root.parent, root / "0.1.0"):  # a folder above, the version folder
+        assert len(open_episodes("rt1", root_too)) == 3
+
+
+def test_lists_of_numbers_may_be_packed_or_not():
+    floats = np.array([1.5, -2.0, 3.25], "<f4")
+    loose = b"".join(b"\x0d" + value.tobytes() for value in floats)  # field 1, 4 bytes, three times
+    entry = encode_field(1, b"f") + encode_field(2, encode_field(2, loose))
+    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))), "f").tolist() == floats.tolist()
+    example = parse_example(memoryview(encode_example({"f": floats, "i": np.array([5, -3, 2**40])})))
+    assert feature_numbers(example, "f").tolist() == floats.tolist()
+    assert feature_numbers(example, "i").tolist() == [5, -3, 2**40]
+    loose = b"\x08\x05\x08" + b"\xfd" + b"\xff" * 8 + b"\x01"  # 5 and -3, one field each
+    entry = encode_field(1, b"i") + encode_field(2, encode_field(3, loose))
+    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))), "i").tolist() == [5, -3]
+
+
+def test_npz_episodes_are_read_too():
+    root = folder()
+    frames, actions = make_episode(6, seed=0)
+    np.savez(root / "one.npz", image=frames, action=actions)
+    episode = open_episodes("rt1", root)[0]
+    assert episode.name == "one" and np.array_equal(episode.frames, frames) and np.array_equal(episode.actions, actions)
+    np.savez(root / "two.npz", image=frames)
+    with raises(DataError, "two.npz has no action"):
+        open_episodes("rt1", root)
+
+
+def test_the_index_is_built_once_and_again_for_a_shard_that_changed():
+    root, walked = make_rt1([4, 5, 6, 7], shards=2), []
+    walk = data.walk_records
+    data.walk_records = lambda path: walked.append(path.name) or walk(path)
+    try:
+        first = open_episodes("rt1", root)
+        assert len(walked) == 2
+        again = open_episodes("rt1", root)
+        assert len(walked) == 2 and np.array_equal(first.records, again.records)
+        os.utime(shard_of(root, 1), ns=(1, 1))
+        open_episodes("rt1", root)
+        assert walked[2:] == [shard_of(root, 1).name]
+    finally:
+        data.walk_records = walk
+
+
+def test_train_and_validation_are_disjoint_stable_and_follow_shard_names():
+    root = make_rt1([4] * 40, shards=4)
+    names = {split: {e.name for e in open_episodes("rt1", root, split)} for split in ("train", "val", "all")}
+    assert not names["train"] & names["val"] and names["train"] | names["val"] == names["all"] and len(names["val"]) == 5
+    held_out = "import data, sys; print(sorted(e.name for e in data.open_episodes('rt1', sys.argv[1], 'val')))"
+    for hash_seed in ("1", "2"):  # not by Python's hash
+        printed = subprocess.run([sys.executable, "-c", held_out, root], cwd=HERE, capture_output=True, text=True,
+                                 env=os.environ | {"PYTHONHASHSEED": hash_seed}).stdout
+        assert printed.strip() == str(sorted(names["val"]))
+    named = make_rt1([4] * 3)
+    write_records(named / "fractal20220817_data-val.tfrecord-00000-of-00001", [b""])
+    shard_of(named / "0.1.0").rename(shard_of(named / "0.1.0").with_name("x-train.tfrecord-00000-of-00001"))
+    (named / "fractal20220817_data-val.tfrecord-00000-of-00001").unlink()
+    val = make_rt1([5] * 2, name="y-val")
+    shard_of(val).rename(named / "y-val.tfrecord-00000-of-00001")
+    assert [e.length for e in open_episodes("rt1", named, "val")] == [5, 5]
+    assert [e.length for e in open_episodes("rt1", named, "train")] == [4, 4, 4]
+
+
+def test_clips_are_the_same_in_any_number_of_workers():
+    episodes = open_episodes("rt1", make_rt1([6, 9, 12, 7]), min_length=5)
+    streams = []
+    for workers in (0, 1, 3):
+        loader = torch.utils.data.DataLoader(Clips(episodes, 5, (32, 32), seed=3), collate_fn=collate, num_workers=workers,
+                                             batch_sampler=[[0, 1], [2, 3], [4, 5]])
+        streams.append([(batch["frames"], batch["actions"]) for batch in loader])
+    for stream in streams[1:]:
+        assert all(torch.equal(a, b) for batch, other in zip(streams[0], stream) for a, b in zip(batch, other))
+    other_seed = Clips(episodes, 5, (32, 32), seed=4)
+    assert any(not np.array_equal(other_seed[i]["actions"], streams[0][0][1][i]) for i in (0, 1))
+
+
+def test_every_place_of_every_episode_is_drawn_equally_often():
+    episodes = open_episodes("rt1", make_rt1([5, 8]), min_length=5)
+    clips, seen = Clips(episodes, 5, (32, 32), seed=0), []
+    read = data.Episode.read
+    data.Episode.read = lambda self, start, stop: seen.append((self.length, start)) or read(self, start, stop)
+    try:
+        for i in range(300):
+            clips[i]
+    finally:
+        data.Episode.read = read
+    counts = {place: seen.count(place) for place in set(seen)}
+    assert set(counts) == {(5, 0), (8, 0), (8, 1), (8, 2), (8, 3)} and min(counts.values()) > 35
+
+
+def test_frames_fill_the_picture_and_are_cropped_evenly():
+    frames = np.zeros((1, 64, 64, 3), np.uint8)
+    frames[:, :, 32:] = 200
+    fitted = fit_frames(frames, 64, 80)
+    assert fitted.shape == (1, 64, 80, 3) and fitted[0, :, :38].max() == 0 and fitted[0, :, 42:].min() == 200
+    assert np.array_equal(fit_frames(frames, 64, 64), frames)
+
+
+def test_a_damaged_episode_is_skipped_and_reported():
+    root = make_rt1([6] * 8)
+    shard = shard_of(root)
+    flip_byte(shard, shard.stat().st_size // 2)
+    episodes = open_episodes("rt1", root, min_length=5)
+    clips = [Clips(episodes, 5, (32, 32), seed=0)[i] for i in range(60)]
+    messages = {message for clip in clips for message in clip["damaged"]}
+    assert all(clip["frames"] is not None for clip in clips) and len(messages) == 1 and "checksum" in messages.pop()
+
+
+def test_bad_data_is_named_and_refused():
+    with raises(DataError, "no folder /nowhere"):
+        open_episodes("rt1", "/nowhere")
+    with raises(DataError, "holds no episodes"):
+        open_episodes("rt1", folder())
+    with raises(DataError, "no data set 'rt2'"):
+        open_episodes("rt2", folder())
+    root = make_rt1([5, 6])
+    with raises(DataError, "2 shorter than 16 frames; the longest has 6"):
+        open_episodes("rt1", root, min_length=16)
+    with raises(DataError, "does not hold this data set: there is no feature 'steps/action'"):
+        open_episodes("bridge", root)
+    cut = make_rt1([5, 6])
+    shard_of(cut).write_bytes(shard_of(cut).read_bytes()[:-50])
+    with raises(DataError, "is truncated"):
+        open_episodes("rt1", cut)
+    header = make_rt1([5, 6])
+    flip_byte(shard_of(header), 0)
+    with raises(DataError, "fails its checksum"):
+        open_episodes("rt1", header)
+    payload = make_rt1([5])
+    flip_byte(shard_of(payload), 600)
+    with raises(DataError, "checksum does not match|1 damaged"):
+        open_episodes("rt1", payload)[0].frames
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sample.py
+
+
+def small_world(scope: str = "frame", **options: object) -> WorldModel:
+    """A world model with random weights everywhere: 4 slots, 16×16 pixels."""
+    config = replace(PRESETS["tiny"], size=(16, 16),
+                     unet=replace(WORLD, norm_scope=scope),
+                     autoencoder=AutoencoderConfig(32, (1, 2), 1, latent_scale=1.0),
+                     resampler=ResamplerConfig(48, 1, 3, 16, 4, 64, 48, 4))
+    torch.manual_seed(0)
+    model = Model(config)
+    with_recipe(model.unet, "any.")
+    return WorldModel(model, **{"steps": 3, "overlap": 2} | options)
+
+
+def small_episode(T: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return random.integers(0, 256, (T, 16, 16, 3), dtype=np.uint8), random.standard_normal((T, 13)).astype(np.float32)
+
+
+def test_the_same_seed_gives_the_same_world():
+    frames, actions = small_episode(4)
+    def roll(**options):
+        return sample.rollout(small_world(**options), frames, actions, context=2)
+    assert np.array_equal(roll(seed=1), roll(seed=1)) and not np.array_equal(roll(seed=1), roll(seed=2))
+    world = small_world(seed=1)
+    sample.rollout(world, frames, actions, context=2)
+    assert np.array_equal(sample.rollout(world, frames, actions, context=2), roll(seed=1))  # reset begins anew
+
+
+def test_a_rollout_goes_on_past_the_window_and_remembers_all_latents():
+    frames, actions = small_episode(12)
+    world = small_world()
+    imagined = sample.rollout(world, frames, actions)
+    assert imagined.shape == (13, 16, 16, 3) and world.latents.shape == (1, 13, 4, 8, 8)
+    assert world.latents.isfinite().all() and world.history.shape[1] <= 4 and world.frames.shape[1] <= 4
+
+
+def test_a_full_window_starts_over_with_its_last_frames():
+    world = small_world()
+    frames, actions = small_episode(4)
+    world.reset(frames, actions[:3])
+    history, latents = world.history.clone(), world.latents.clone()
+    world.step(actions[3])
+    assert torch.equal(world.history[:, :2], history[:, 2:])  # noised once and kept
+    assert torch.equal(world.anchor, latents[:, 2:3])  # the new anchor is the oldest frame that stays
+    assert torch.equal(world.actions[0, 0], torch.zeros(13)) and world.action_mask[0].tolist() == [1, 1, 1]
+    assert torch.equal(world.actions[0, 1:], torch.from_numpy(actions[2:4]))
+
+
+def test_history_is_held_at_the_second_lowest_level():
+    world = small_world(steps=50)
+    assert world.history_level == 39 and small_world(steps=1).history_level == 999
+    seen, denoise = [], world.model.denoise
+    def spy(x, k, anchor, tokens, actions, mask):
+        seen.append((x.clone(), k.clone(), mask.clone()))
+        return denoise(x, k, anchor, tokens, actions, mask)
+    world.model.denoise = spy
+    frames, actions = small_episode(3)
+    world.reset(frames, actions[:2])
+    world.step(actions[2])
+    assert [k[0].tolist() for _, k, _ in seen] == [[39, 39, 39, level] for level in world.model.schedule.ddim_levels(50)]
+    assert all(torch.equal(x[:, :3], seen[0][0][:, :3]) for x, _, _ in seen)
+    for _, _, mask in seen:  # the second pass hides the newest action and nothing else
+        assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+def test_unknown_past_actions_are_hidden_not_zero():
+    world = small_world()
+    frames, actions = small_episode(3)
+    world.reset(frames)
+    assert world.action_mask.tolist() == [[1, 0, 0]]
+    world.reset(frames, actions[:2])
+    assert world.action_mask.tolist() == [[1, 1, 1]]
+
+
+def test_guidance_1_is_one_conditional_pass():
+    frames, actions = small_episode(3)
+    one, almost = small_world(guidance=1.0), small_world(guidance=1.0 + 1e-9, rescale=0.0)
+    passes, denoise = [], one.model.denoise
+    one.model.denoise = lambda x, *rest: passes.append(len(x)) or denoise(x, *rest)
+    a, b = sample.rollout(one, frames, actions[:2]), sample.rollout(almost, frames, actions[:2])
+    assert passes == [1] * 6 and error_of(one.latents, almost.latents) < 1e-4
+
+
+def test_several_worlds_run_side_by_side():
+    frames, actions = small_episode(3)
+    world = small_world()
+    world.reset(np.stack([frames, frames[::-1]]), np.stack([actions[:2]] * 2))
+    pictures = world.step(np.stack([actions[2], actions[2]]))
+    assert pictures.shape == (2, 16, 16, 3) and world.latents.shape[:2] == (2, 4)
+    # Each world is the one that it would be alone, but for the noise that it draws.
+    alone = small_world(eta=0.0)
+    alone.noise = lambda B, T: torch.full((B, T, 4, 8, 8), 0.3)
+    both = small_world(eta=0.0)
+    both.noise = alone.noise
+    alone.reset(frames[::-1], actions[:2])
+    alone.step(actions[2])
+    both.reset(np.stack([frames, frames[::-1]]), np.stack([actions[:2]] * 2))
+    both.step(np.stack([actions[2], actions[2]]))
+    assert error_of(both.latents[1:], alone.latents) < 1e-5
+
+
+def test_frames_of_any_size_are_fitted():
+    world = small_world()
+    world.reset(np.zeros((1, 30, 50, 3), np.uint8))
+    assert world.step(np.zeros(13)).shape == (16, 16, 3)
+
+
+def test_sampling_all_frames_together_hides_every_action():
+    world, masks = small_world(), []
+    denoise = world.model.denoise
+    world.model.denoise = lambda x, k, a, t, actions, mask: masks.append((k.unique().numel(), mask)) or \
+        denoise(x, k, a, t, actions, mask)
+    frames, actions = small_episode(4)
+    assert world.imagine_together(frames, actions[:3]).shape == (4, 16, 16, 3)
+    for levels, mask in masks:
+        assert levels == 1 and mask.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    with raises(RequestError, "6 frames do not fit into one window of 4"):
+        world.imagine_together(frames, np.zeros((5, 13)))
+
+
+def test_impossible_requests_are_refused_and_leave_the_world_as_it_was():
+    world = small_world()
+    with raises(RequestError, "reset"):
+        world.step(np.zeros(13))
+    frames, actions = small_episode(2)
+    world.reset(frames, actions[:1])
+    before = world.latents.clone()
+    for action, words in ((np.full(13, np.nan), "not finite"), (np.full(13, np.inf), "not finite"), (np.zeros(7), r"\[1, 7\]")):
+        with raises(RequestError, words):
+            world.step(action)
+    assert torch.equal(world.latents, before)
+    with raises(RequestError, "uint8"):
+        world.reset(frames.astype(np.float32))
+    for options in ({"guidance": float("nan")}, {"steps": 0}, {"overlap": 4}, {"eta": 2.0}, {"rescale": -1.0}):
+        with raises(RequestError, next(iter(options))):
+            small_world(**options)
+
+
+@torch.no_grad()
+def test_a_released_checkpoint_gets_all_tokens_unless_the_clip_is_full():
+    model = small_world().model
+    tokens = torch.randn(2, 16, 48)
+    assert torch.equal(model.image_context(tokens, 3), tokens.unflatten(1, (4, 4))[:, :3])
+    model.config = replace(model.config, all_tokens_unless_full=True)
+    assert torch.equal(model.image_context(tokens, 3)[:, 2], tokens)
+    assert torch.equal(model.image_context(tokens, 4), tokens.unflatten(1, (4, 4)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# train.py
+
+
+def train_words(root: Path, out: Path, steps: int = 4, batch: int = 2) -> list[object]:
+    return ["--data", "rt1", "--root", root, "--out", out, "--frames", 4, "--size", 32, 32, "--steps", steps, "--batch", batch,
+            "--autoencoder-steps", 2, "--val-clips", 2, "--sample-steps", 1, "--save-every", 2, "--val-every", 4, "--workers", 0]
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_whole_path_trains_resumes_and_rolls_out():
+    root, whole, halves = make_rt1([8] * 6), folder() / "whole", folder() / "halves"
+    code, printed = run_command(train.main, *train_words(root, whole))
+    assert code == 0, printed
+    assert {"checkpoint.pt", "frozen.pt", "log.jsonl", "loss.png", "step_0000004.png"} <= {p.name for p in whole.iterdir()}
+
+    # Stopped by a signal after two steps, and taken up again: the losses of the run that was never stopped.
+    batch_loss, calls = train.batch_loss, []
+    def stop_at_second(*inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_loss(*inputs)
+    train.batch_loss = stop_at_second
+    try:
+        code, printed = run_command(train.main, *train_words(root, halves))
+    finally:
+        train.batch_loss = batch_loss
+    assert code == 128 + signal.SIGTERM and "--resume" in printed, printed
+    assert read_checkpoint(halves / "checkpoint.pt")["step"] == 2
+    code, printed = run_command(train.main, "--resume", "--out", halves)
+    assert code == 0 and "at step 2" in printed, printed
+    assert losses(halves) == losses(whole) and len(losses(whole)) == 4
+    ours, theirs = load_model(whole).state_dict(), load_model(halves).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    refused(train.main, *train_words(root, whole), saying="holds a run: --resume")
+    out = folder()
+    code, printed = run_command(sample.main, "--checkpoint", whole, "--steps", 2, "--frames", 6, "--out", out)
+    assert code == 0 and printed.count("PSNR") == 5, printed
+    assert {path.suffix for path in out.iterdir()} == {".png", ".gif"}
+    gif = Image.open(next(out.glob("*.gif")))
+    assert gif.n_frames == 6
+    code, printed = run_command(sample.main, "--checkpoint", whole, "--steps", 1, "--repeat-action", "--nar", "--out", out)
+    assert code == 0 and "PSNR" not in printed, printed
+    np.save(out / "narrow.npy", np.zeros((3, 7)))
+    np.save(out / "nan.npy", np.full((3, 13), np.nan))
+    for words, saying in ((["--guidance", "nan"], "guidance is nan"), (["--episode", 99], "no episode 99"),
+                          (["--actions", out / "narrow.npy"], "takes 13 numbers"), (["--actions", out / "nan.npy"], "not finite"),
+                          (["--data", "bridge"], "does not hold this data set"), (["--steps", "x"], "invalid int")):
+        refused(sample.main, "--checkpoint", whole, "--out", out, *words, saying=saying)
+    content = (whole / "checkpoint.pt").read_bytes()
+    (whole / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    refused(sample.main, "--checkpoint", whole, saying="truncated")
+
+
+def test_bad_input_to_training_is_refused_in_a_sentence():
+    root, out = make_rt1([8] * 6), folder() / "run"
+    refused(train.main, *train_words(folder() / "none", out), saying="no folder")
+    refused(train.main, *train_words(folder(), out), saying="holds no episodes")
+    refused(train.main, *train_words(make_rt1([3] * 6), out), saying="shorter than 4 frames")
+    refused(train.main, *train_words(root, out), "--base", "nothing.ckpt", "--preset", "512", saying="no checkpoint at")
+    refused(train.main, *train_words(root, out), "--preset", "512", saying="--base")
+    refused(train.main, *train_words(root, out), "--size", 30, 32, saying="multiples of")
+    assert not out.exists()
+    other = folder()
+    (other / "thesis.txt").write_text("mine")
+    refused(train.main, *train_words(root, other), "--overwrite", saying="other files")
+    assert (other / "thesis.txt").read_text() == "mine"
+
+
+def test_a_network_of_another_action_size_is_refused():
+    root, out = make_rt1([8] * 6), folder() / "run"
+    assert run_command(train.main, *train_words(root, out, steps=1))[0] == 0
+    frames, actions = make_episode(8, seed=0)
+    bridge = folder()
+    payload = encode_example({"steps/observation/image_0": [encode_jpeg(f) for f in frames], "steps/action": actions[:, :7].ravel()})
+    write_records(bridge / "bridge_dataset-train.tfrecord-00000-of-00001", [payload] * 3)
+    refused(train.main, "--resume", "--out", out, "--data", "bridge", "--root", bridge, saying="7 numbers.*takes 13")
+    refused(sample.main, "--checkpoint", out, "--data", "bridge", "--root", bridge, saying="takes 13 numbers")
+
+
+def test_noise_and_masks_belong_to_the_clip_not_to_the_batch():
+    model = small_world().model
+    actions = torch.randn(4, 5, 13)
+    together = train.draw(model, actions, [0, 1, 2, 3], seed=0, action_dropout=0.5, image_dropout=0.5)
+    apart = train.draw(model, actions[2:], [2, 3], seed=0, action_dropout=0.5, image_dropout=0.5)
+    assert all(torch.equal(together[name][2:], apart[name]) for name in together)
+    assert len(together["k"].unique()) > 10  # a level for every frame
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch():
+    root, one, two = make_rt1([8] * 6), folder() / "one", folder() / "two"
+    words = ["--dropout", 0, "--norm-scope", "past"]
+    assert run_command(train.main, *train_words(root, one, steps=2, batch=2), *words)[0] == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", HERE / "train.py"]
+    done = subprocess.run([*map(str, launch), *map(str, train_words(root, two, steps=2, batch=1) + words)], cwd=HERE,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert np.allclose(losses(one), losses(two), rtol=1e-5)
+    ours, theirs = load_model(one).state_dict(), load_model(two).state_dict()
+    assert error_of(torch.cat([w.flatten() for w in theirs.values()]), torch.cat([w.flatten() for w in ours.values()])) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def run_all() -> int:
+    torch.manual_seed(0)
+    tests = [(name, test) for name, test in globals().items() if name.startswith("test_") and callable(test)]
+    failed = 0
+    for name, test in tests:
+        start = time.time()
+        try:
+            test()
+            outcome = "ok"
+        except Exception:
+            failed += 1
+            outcome = "FAILED\n" + traceback.format_exc()
+        print(f"{name[5:].replace('_', ' ')} ... {outcome} ({time.time() - start:.1f} s)", flush=True)
+    print(f"{len(tests) - failed} passed, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(run_all())

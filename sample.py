@@ -295,8 +295,8 @@ def run(args: argparse.Namespace) -> None:
     episode = episodes[args.episode]
     actions, origin = choose_actions(args, episode.actions, world.action_dim)
     context = args.context or DATA_SETS[name].context
-    if not 1 <= context <= min(len(episode), len(actions)):
-        raise DataError(f"context is {context}; it must be between 1 and {min(len(episode), len(actions))}, the frames "
+    if not 1 <= context <= min(episode.length, len(actions)):
+        raise DataError(f"context is {context}; it must be between 1 and {min(episode.length, len(actions))}, the frames "
                         "there are less one to imagine")
     print(f"episode {episode.name}, {len(actions) + 1} frames, actions: {origin}, guidance {args.guidance:g}, "
           f"{args.steps} steps")

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -607,6 +608,12 @@ def encode_jpeg(frame: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def shard_of(root: Path, i: int = 0) -> Path:
     return sorted(root.rglob("*.tfrecord-*"))[i]
 
@@ -706,7 +713,7 @@ def test_train_and_validation_are_disjoint_stable_and_follow_shard_names():
 def test_clips_are_the_same_in_any_number_of_workers():
     episodes = open_episodes("rt1", make_rt1([6, 9, 12, 7]), min_length=5)
     streams = []
-    for workers in (0, 1, 3):
+    for workers in (0, 1, 2):
         loader = torch.utils.data.DataLoader(Clips(episodes, 5, (32, 32), seed=3), collate_fn=collate, num_workers=workers,
                                              batch_sampler=[[0, 1], [2, 3], [4, 5]])
         streams.append([(batch["frames"], batch["actions"]) for batch in loader])
@@ -758,7 +765,7 @@ def test_bad_data_is_named_and_refused():
     root = make_rt1([5, 6])
     with raises(DataError, "2 shorter than 16 frames; the longest has 6"):
         open_episodes("rt1", root, min_length=16)
-    with raises(DataError, "does not hold this data set: there is no feature 'steps/action'"):
+    with raises(DataError, "does not hold this data set: there is no feature 'steps/observation/image_0'"):
         open_episodes("bridge", root)
     cut = make_rt1([5, 6])
     shard_of(cut).write_bytes(shard_of(cut).read_bytes()[:-50])
@@ -989,7 +996,7 @@ def test_bad_input_to_training_is_refused_in_a_sentence():
     refused(train.main, *train_words(folder() / "none", out), saying="no folder")
     refused(train.main, *train_words(folder(), out), saying="holds no episodes")
     refused(train.main, *train_words(make_rt1([3] * 6), out), saying="shorter than 4 frames")
-    refused(train.main, *train_words(root, out), "--base", "nothing.ckpt", "--preset", "512", saying="no checkpoint at")
+    refused(train.main, *train_words(root, out), "--base", "nothing.ckpt", "--preset", "512", "--size", 64, 64, saying="no checkpoint at")
     refused(train.main, *train_words(root, out), "--preset", "512", saying="--base")
     refused(train.main, *train_words(root, out), "--size", 30, 32, saying="multiples of")
     assert not out.exists()
@@ -1023,9 +1030,10 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch():
     root, one, two = make_rt1([8] * 6), folder() / "one", folder() / "two"
     words = ["--dropout", 0, "--norm-scope", "past"]
     assert run_command(train.main, *train_words(root, one, steps=2, batch=2), *words)[0] == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", HERE / "train.py"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
+              f"--master_port={free_port()}", HERE / "train.py"]
     done = subprocess.run([*map(str, launch), *map(str, train_words(root, two, steps=2, batch=1) + words)], cwd=HERE,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
     assert np.allclose(losses(one), losses(two), rtol=1e-5)
     ours, theirs = load_model(one).state_dict(), load_model(two).state_dict()

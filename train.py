@@ -106,8 +106,10 @@ def build_model(args: argparse.Namespace, dataset: DataSet) -> Model:
     torch.manual_seed(args.seed)
     model = from_dynamicrafter(args.base, config, args.transfer) if args.base else Model(config)
     model.autoencoder.requires_grad_(False)
-    if args.base:
-        model.image_tower.requires_grad_(False)
+    tower = model.image_tower
+    never_used = (tower.ln_post, tower.proj)  # by which the tower would reach CLIP's space
+    for part in (tower,) if args.base else never_used:
+        part.requires_grad_(False)
     return model
 
 

@@ -700,11 +700,7 @@ def test_train_and_validation_are_disjoint_stable_and_follow_shard_names():
         printed = subprocess.run([sys.executable, "-c", held_out, root], cwd=HERE, capture_output=True, text=True,
                                  env=os.environ | {"PYTHONHASHSEED": hash_seed}).stdout
         assert printed.strip() == str(sorted(names["val"]))
-    named = make_rt1([4] * 3)
-    write_records(named / "fractal20220817_data-val.tfrecord-00000-of-00001", [b""])
-    shard_of(named / "0.1.0").rename(shard_of(named / "0.1.0").with_name("x-train.tfrecord-00000-of-00001"))
-    (named / "fractal20220817_data-val.tfrecord-00000-of-00001").unlink()
-    val = make_rt1([5] * 2, name="y-val")
+    named, val = make_rt1([4] * 3, name="x-train"), make_rt1([5] * 2, name="y-val")
     shard_of(val).rename(named / "y-val.tfrecord-00000-of-00001")
     assert [e.length for e in open_episodes("rt1", named, "val")] == [5, 5]
     assert [e.length for e in open_episodes("rt1", named, "train")] == [4, 4, 4]

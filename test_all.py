@@ -35,7 +35,7 @@ from data import Clips, DataError, collate, fit_frames, open_episodes
 from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig, preprocess
-from dynamicrafter.model import PRESETS, Model, load_model
+from dynamicrafter.model import PRESETS, Model, ModelConfig, from_dynamicrafter, from_vid2world, load_model
 from dynamicrafter.resampler import Resampler, ResamplerConfig
 from sample import RequestError, WorldModel, load_world
 from tools.tfrecord import crc32c, encode_example, encode_field, feature_numbers, parse_example, write_records
@@ -916,6 +916,23 @@ def test_impossible_requests_are_refused_and_leave_the_world_as_it_was():
     for options in ({"guidance": float("nan")}, {"steps": 0}, {"overlap": 4}, {"eta": 2.0}, {"rescale": -1.0}):
         with raises(RequestError, next(iter(options))):
             small_world(**options)
+
+
+def test_whole_models_come_from_original_and_released_checkpoints():
+    config = ModelConfig(unet=WORLD, autoencoder=AutoencoderConfig(32, (1, 2), 1), size=(16, 16),
+                         image_tower=ImageTowerConfig(28, 14, 64, 2, 4, 48), text_tower=TextTowerConfig(77, 49408, 48, 3, 3, 48),
+                         resampler=ResamplerConfig(48, 1, 3, 16, 16, 64, 48, 4))
+    released = {name: torch.randn(shape) * 0.05 for name, shape in released_names(replace(SMALL, action_dim=13)).items()}
+    passive = [f"model.diffusion_model.{name}" for name in UNet(SMALL).state_dict()]
+    path = small_checkpoint(**dict.fromkeys(passive) | released)
+    frames, actions = small_episode(2)
+    for model in (from_dynamicrafter(small_checkpoint(), config), from_vid2world(path, replace(config, unet=SMALL))):
+        assert model.text.shape == (77, 48) and model.config.unet.action_dim == 13
+        imagined = sample.rollout(WorldModel(model, steps=2, overlap=2), frames[:1], actions)
+        assert imagined.shape == (3, 16, 16, 3)
+    assert model.config.all_tokens_unless_full and model.config.unet.norm_scope == "clip"
+    with raises(CheckpointError, "takes no actions"):
+        from_vid2world(small_checkpoint())
 
 
 @torch.no_grad()

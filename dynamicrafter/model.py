@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from diffusion_forcing import NoiseSchedule
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
-from dynamicrafter.clip import ImageTower, ImageTowerConfig, load_image_tower, load_text_tower, preprocess
+from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTowerConfig, load_image_tower, load_text_tower, \
+    preprocess
 from dynamicrafter.resampler import Resampler, ResamplerConfig, load_resampler
 from unet import CheckpointError, UNet, UNetConfig, load_dynamicrafter, load_vid2world, load_weights, read_checkpoint, \
     read_lightning
@@ -26,6 +27,7 @@ class ModelConfig:
     unet: UNetConfig = UNetConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     image_tower: ImageTowerConfig = ImageTowerConfig()
+    text_tower: TextTowerConfig = TextTowerConfig()
     resampler: ResamplerConfig = ResamplerConfig()
     size: tuple[int, int] = (320, 512)  # height and width in pixels
     base_scale: float = 0.7  # of the noise schedule
@@ -139,7 +141,7 @@ def assemble(path: str | Path, config: ModelConfig, unet: UNet) -> Model:
     model.resampler = load_resampler(path, config.resampler)
     model.schedule = NoiseSchedule(config.base_scale)
     with torch.no_grad():
-        model.text = load_text_tower(path).empty_caption()
+        model.text = load_text_tower(path, config.text_tower).empty_caption()
     return model
 
 
@@ -175,7 +177,8 @@ def load_model(path: str | Path) -> Model:
         fields = content["config"]
         config = ModelConfig(**fields | {
             "unet": UNetConfig(**fields["unet"]), "autoencoder": AutoencoderConfig(**fields["autoencoder"]),
-            "image_tower": ImageTowerConfig(**fields["image_tower"]), "resampler": ResamplerConfig(**fields["resampler"])})
+            "image_tower": ImageTowerConfig(**fields["image_tower"]), "text_tower": TextTowerConfig(**fields["text_tower"]),
+            "resampler": ResamplerConfig(**fields["resampler"])})
         weights = content["weights"] | read_checkpoint(path.parent / content["frozen"])["weights"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this project ({error})") from None

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from action_guidance import align_actions, guide
+from action_guidance import guide
 from data import DATA_SETS, DataError, fit_frames, open_episodes
 from diffusion_forcing import LEVELS
 from dynamicrafter.model import Model, from_vid2world, load_model, to_pixels

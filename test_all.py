@@ -37,7 +37,7 @@ from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig, preprocess
 from dynamicrafter.model import PRESETS, Model, ModelConfig, from_dynamicrafter, from_vid2world, load_model
 from dynamicrafter.resampler import Resampler, ResamplerConfig
-from sample import RequestError, WorldModel, load_world
+from sample import RequestError, WorldModel
 from tools.tfrecord import crc32c, encode_example, encode_field, feature_numbers, parse_example, write_records
 from unet import CheckpointError, UNet, UNetConfig, load_dynamicrafter, load_vid2world, read_checkpoint, \
     sinusoidal_embedding

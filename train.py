@@ -270,7 +270,10 @@ def validate(model: Model, held_out: Episodes, args: argparse.Namespace) -> floa
 def draw_strip(model: Model, held_out: Episodes, args: argparse.Namespace, step: int) -> None:
     """Roll out the start of a held-out episode, and put the frames under the true ones."""
     episode = held_out[0]
-    frames, actions = episode.read(0, args.frames)
+    try:
+        frames, actions = episode.read(0, args.frames)
+    except DataError as error:  # one damaged episode does not end a run
+        return tqdm.write(f"no strip: {error}")
     imagined = rollout(WorldModel(model, steps=args.sample_steps), frames, actions[:-1])
     model.train()
     truth = fit_frames(frames, *args.size)

@@ -11,12 +11,15 @@ the answers from the future, with the mask of a language model:
               2  ■  ■  ■                   There is no positional encoding of time; order reaches the
               3  ■  ■  ■  ■                network through the convolutions (causal_conv.py) alone.
 
+In a rollout the keys and values of frames that are done are kept (`Cache`, causal_conv.py), as a language model keeps
+those of the words so far, and only the new frame asks.
+
 Paper: section 4.1. The classes carry DynamiCrafter's parameter names, so its weights load as they are.
 """
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causal_conv import TemporalNorm
+from causal_conv import Cache, TemporalNorm
 
 
 class Attention(nn.Module):
@@ -31,9 +34,26 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, channels))
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, L, C]
-        q, k, v = (split_heads(to(x), self.heads) for to in (self.to_q, self.to_k, self.to_v))  # [N, heads, L, d]
-        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)))
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [N, L, C]
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        sees = None
+        if cache is not None:
+            k, v = self.past_and_present(cache, k, v)  # [N, past + L, heads·d]
+            sees = cache.sees(x.shape[1], x.device)
+        q, k, v = (split_heads(tensor, self.heads) for tensor in (q, k, v))
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v, sees, is_causal=self.causal and sees is None)))
+
+    def past_and_present(self, cache: Cache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values behind the remembered ones. A pass that does not append leaves the count of
+        frames as it was, so that the next pass writes over what it wrote."""
+        if self not in cache:
+            N, _, inner = k.shape
+            cache[self] = k.new_empty(N, cache.capacity + 1, inner), v.new_empty(N, cache.capacity + 1, inner)
+        end = cache.frames + k.shape[1]
+        for buffer, new in zip(cache[self], (k, v)):
+            buffer[:, cache.frames : end] = new
+        keys, values = cache[self]
+        return keys[:, :end], values[:, :end]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -76,9 +96,9 @@ class TemporalBlock(nn.Module):
         self.ff = FeedForward(channels)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, T, C]
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x))
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [N, T, C]
+        x = x + self.attn1(self.norm1(x), cache)
+        x = x + self.attn2(self.norm2(x), cache)
         return x + self.ff(self.norm3(x))
 
 
@@ -109,11 +129,11 @@ class TemporalTransformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, T, H, W]
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
         B, C, T, H, W = x.shape
-        h = self.norm(x).permute(0, 3, 4, 2, 1).flatten(0, 2)  # [B·H·W, T, C], a sequence of frames at every pixel
+        h = self.norm(x, cache).permute(0, 3, 4, 2, 1).flatten(0, 2)  # [B·H·W, T, C], a sequence of frames at every pixel
         h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h)
+            h = block(h, cache)
         h = self.proj_out(h)
         return x + h.view(B, H, W, T, C).permute(0, 4, 3, 1, 2)

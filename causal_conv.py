@@ -24,6 +24,14 @@ future as well: change the last frame, and the mean of the clip, and with it eve
     "frame"     t                                                            yes
 
 Neither change adds, removes or renames a parameter. Paper: section 4.1 (video diffusion causalization).
+
+What never looks ahead never has to look twice. Nothing that happens at frame t can change what a layer made of the
+frames before, so in a rollout those frames are not run again: each layer keeps the little that frame t will ask of
+them, and the network runs on frame t alone. That is the `Cache`:
+
+    frames    0   1   2   3   4  |  5                    convolution   its inputs at 3 and 4   (the kernel reaches no further)
+              ────────────────── |  ─                    attention     keys and values of 0 .. 4
+              remembered         |  new                  norm "past"   mean and variance of each of 0 .. 4
 """
 import torch
 import torch.nn.functional as F
@@ -31,6 +39,32 @@ from torch import Tensor, nn
 
 TRANSFER_METHODS = ("mixed", "shift", "masked", "extrapolative")
 NORM_SCOPES = ("clip", "past", "frame")
+
+
+class Cache(dict):
+    """What the frames so far leave behind for the next one: temporal layer -> what it keeps.
+
+    A pass through the network with `appending` set adds its frames to the memory. Without, it only reads, and its frames
+    are not each other's successors but *alternatives* for the next one: each sees what is remembered, and
+    itself. So guidance runs its two versions of a new frame, with and without the action, over one shared past.
+
+    capacity  frames that the memory can hold, with one alternative more
+
+    Memory for one clip, in numbers: Σ over temporal attentions 2 (capacity + 1) H W inner, for keys and values, and
+    Σ over temporal convolutions 3 H W channels, for two inputs and what they add to the next frame. DynamiCrafter-512 has
+    36.7 M + 8.9 M of them for each ... 
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity, self.frames, self.appending = capacity, 0, True
+
+    def sees(self, new: int, device: torch.device) -> Tensor:
+        """Which frames each of the new ones sees, bool [new, frames + new]."""
+        old = torch.ones(new, self.frames, dtype=torch.bool, device=device)
+        own = torch.ones(new, new, dtype=torch.bool, device=device).tril() if self.appending else \
+            torch.eye(new, dtype=torch.bool, device=device)
+        return torch.cat([old, own], dim=1)
 
 
 def transfer_weights(kernel: Tensor, method: str) -> Tensor:
@@ -71,8 +105,20 @@ class TemporalConv(nn.Conv3d):
         super().__init__(channels, channels, (kernel_size, 1, 1))
         self.pad_frames = (kernel_size - 1, 0) if causal else (kernel_size // 2, kernel_size // 2)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, T, H, W]
-        return super().forward(F.pad(x, (0, 0, 0, 0, *self.pad_frames)))
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
+        if cache is None:
+            return super().forward(F.pad(x, (0, 0, 0, 0, *self.pad_frames)))
+        if not cache.appending:  # the past's share is known already; only the last column of the kernel is left
+            _, from_past = cache[self]
+            return torch.matmul(self.weight[:, :, -1, 0, 0], x.flatten(2)).view_as(x) + from_past
+        if self in cache:
+            past, _ = cache[self]
+        else:
+            past = x.new_zeros(*x.shape[:2], self.kernel_size[0] - 1, *x.shape[3:])
+        x = torch.cat([past, x], dim=2)
+        past = x[:, :, -past.shape[2] :].clone()
+        cache[self] = past, F.conv3d(past, self.weight[:, :, :-1], self.bias)
+        return super().forward(x)
 
 
 class TemporalNorm(nn.GroupNorm):
@@ -84,8 +130,8 @@ class TemporalNorm(nn.GroupNorm):
             raise ValueError(f"norm_scope is {scope!r}; it must be one of {', '.join(NORM_SCOPES)}")
         self.scope = scope
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, T, H, W]
-        if self.scope == "clip":
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
+        if self.scope == "clip" and cache is None:
             return super().forward(x)
         if self.scope == "frame":
             return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
@@ -93,24 +139,29 @@ class TemporalNorm(nn.GroupNorm):
         groups = x.float().unflatten(1, (self.num_groups, -1))  # [B, G, C/G, T, H, W]
         frame_mean = groups.mean((2, 4, 5), keepdim=True)  # [B, G, 1, T, 1, 1]
         frame_var = (groups - frame_mean).square().mean((2, 4, 5))  # [B, G, T]
-        mean, var = pool_over_past(frame_mean.flatten(2), frame_var)  # [B, G, T]
+        statistics = torch.stack([frame_mean.flatten(2), frame_var])  # [2, B, G, T]
+        sees = torch.ones(x.shape[2], x.shape[2], device=x.device).tril()
+        if cache is not None:  # a clip norm, too, can only see the past now
+            sees = cache.sees(x.shape[2], x.device)
+            statistics = torch.cat([cache[self], statistics], dim=-1) if self in cache else statistics
+            if cache.appending:
+                cache[self] = statistics
+        mean, var = pool(*statistics, sees)  # [B, G, T]
 
         scale = (var + self.eps).rsqrt()[:, :, None] * self.weight.view(self.num_groups, -1, 1)  # [B, G, C/G, T]
         shift = self.bias.view(self.num_groups, -1, 1) - mean[:, :, None] * scale
         return torch.addcmul(shift[..., None, None], groups, scale[..., None, None]).flatten(1, 2)
 
 
-def pool_over_past(frame_mean: Tensor, frame_var: Tensor) -> tuple[Tensor, Tensor]:
-    """From each frame's own mean and variance, [..., T], to those of all pixels of frames 0 .. t, for every t.
+def pool(mean: Tensor, var: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
+    """From each frame's own mean and variance, [..., P + T], to those of all the frames that each new one sees, [..., T].
 
     The pooled variance is the mean of the variances plus the spread of the means around the pooled mean.
     """
-    T = frame_mean.shape[-1]
-    past = torch.ones(T, T, device=frame_mean.device).tril()  # row t sees frames 0 .. t, with equal weights
-    past = past / past.sum(dim=1, keepdim=True)
-    mean = (frame_mean[..., None, :] * past).sum(-1)
-    spread = (frame_mean[..., None, :] - mean[..., None]).square()  # [..., T, T]
-    return mean, ((frame_var[..., None, :] + spread) * past).sum(-1)
+    share = sees / sees.sum(dim=1, keepdim=True)  # [T, P + T]: equal weights
+    pooled = mean @ share.T
+    spread = (mean[..., None, :] - pooled[..., None]).square()  # [..., T, P + T]
+    return pooled, ((var[..., None, :] + spread) * share).sum(-1)
 
 
 class TemporalConvBlock(nn.Module):
@@ -134,5 +185,11 @@ class TemporalConvBlock(nn.Module):
         nn.init.zeros_(self.conv4[-1].weight)
         nn.init.zeros_(self.conv4[-1].bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, T, H, W]
-        return x + self.conv4(self.conv3(self.conv2(self.conv1(x))))
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
+        h = x
+        for norm, *pointwise, conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+            h = norm(h, cache)
+            for layer in pointwise:
+                h = layer(h)
+            h = conv(h, cache)
+        return x + h

@@ -18,10 +18,16 @@ A world model holds a window of frames and imagines one more at a time:
     As in a training clip, no action leads to it. So a rollout may go on for ever, and the network
     never meets a clip longer than those it was trained on.
 
+Streaming: the history's inputs never change and a causal network never looks ahead, so what its layers made of the history
+is remembered (`Cache`, causal_conv.py). Step 1 then runs the network on the new frame alone, and after step 2 one
+more pass adds the frame to the memory: steps + 1 passes over one frame, however long the history, in place of
+steps passes over all of it. The frames are the same.
+
 Paper: section 4.3 and algorithm 1 (autoregressive, action-guided sampling).
 """
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +36,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from action_guidance import guide
+from causal_conv import Cache
 from data import DATA_SETS, DataError, fit_frames, open_episodes
 from diffusion_forcing import LEVELS
-from dynamicrafter.model import Model, from_vid2world, load_model, to_pixels
+from dynamicrafter.model import Model, from_vid2world, load_model, to_frames, to_pixels
 from evaluation.pictures import save_gif, save_strip
 from unet import CheckpointError, read_checkpoint
 
@@ -50,12 +57,14 @@ class WorldModel:
     eta       0 is deterministic given the first noise (DDIM), 1 adds fresh noise at every step (as the paper samples)
     overlap   frames that stay when the window is full
     rescale   see `action_guidance.guide`
+    streaming remember the history (True) or run it again at every step (False); None: remember where that is exact,
+              which is everywhere but with norm_scope "clip", whose history changes with every new frame
 
     `.latents`, float32 [B, T, C, h, w], holds every frame so far, given and imagined.
     """
 
     def __init__(self, model: Model, guidance: float = 2.0, steps: int = 50, seed: int = 0, eta: float = 1.0,
-                 overlap: int = 8, rescale: float = 0.7):
+                 overlap: int = 8, rescale: float = 0.7, streaming: bool | None = None):
         config = model.config.unet
         if not config.action_dim or not config.causal:
             raise RequestError("this network is passive: a world model is causal and takes actions")
@@ -69,6 +78,9 @@ class WorldModel:
             raise RequestError(f"overlap is {overlap}; it must be between 1 and {config.num_frames - 1}")
         self.model = model.eval()
         self.guidance, self.seed, self.eta, self.overlap, self.rescale = guidance, seed, eta, overlap, rescale
+        self.streaming = config.norm_scope != "clip" if streaming is None else streaming
+        if self.streaming and config.norm_scope == "clip":
+            print("streaming approximates here: this network's norms see the whole clip, so its history changes with every frame")
         self.num_frames, self.action_dim = config.num_frames, config.action_dim
         self.levels = model.schedule.ddim_levels(steps)
         self.history_level = self.levels[-2] if steps > 1 else self.levels[-1]
@@ -91,8 +103,9 @@ class WorldModel:
         B, T0 = frames.shape[:2]
         self.generator = torch.Generator().manual_seed(self.seed)
 
-        self.frames = torch.from_numpy(np.stack([fit_frames(clip, *self.model.config.size) for clip in frames]))
-        self.latents = self.model.encode(self.frames.to(self.model.device))
+        frames = torch.from_numpy(np.stack([fit_frames(clip, *self.model.config.size) for clip in frames]))
+        self.pixels = to_pixels(frames.to(self.model.device))  # of the window, [B, T, 3, H, W]
+        self.latents = self.model.encode(self.pixels)
         self.history = self.to_history(self.latents)
         # The action that led to each frame, and whether it is known; nothing but zeros leads to the first.
         self.actions = torch.zeros(B, T0, self.action_dim, device=self.model.device)
@@ -116,46 +129,89 @@ class WorldModel:
         if self.history.shape[1] == self.num_frames:
             self.open_window(self.overlap)
 
-        actions = torch.cat([self.actions, action[:, None]], dim=1)
-        action_mask = torch.cat([self.action_mask, torch.ones_like(action[:, :1])], dim=1)
+        self.actions = torch.cat([self.actions, action[:, None]], dim=1)
+        self.action_mask = torch.cat([self.action_mask, torch.ones_like(action[:, :1])], dim=1)
+        velocity = self.velocity_with_memory() if self.streaming else self.velocity_with_history()
         x = self.noise(B, 1)
         for k, k_next in zip(self.levels, self.levels[1:] + [0]):
-            v = self.guided_velocity(x, k, actions, action_mask)
-            x = self.model.schedule.ddim_step(x, v, k, k_next, self.eta, self.noise(B, 1) if self.eta > 0 else None)
+            x = self.model.schedule.ddim_step(x, velocity(x, k), k, k_next, self.eta,
+                                              self.noise(B, 1) if self.eta > 0 else None)
 
-        frame = self.model.decode(x).cpu()
-        self.actions, self.action_mask = actions, action_mask
-        self.frames = torch.cat([self.frames, frame], dim=1)
+        pixels = self.model.decode(x)
+        self.pixels = torch.cat([self.pixels, pixels], dim=1)
         self.latents = torch.cat([self.latents, x], dim=1)
         self.history = torch.cat([self.history, self.to_history(x)], dim=1)
-        return frame[:, 0].numpy() if self.batched else frame[0, 0].numpy()
+        frame = to_frames(pixels)[:, 0]
+        return frame if self.batched else frame[0]
 
     def open_window(self, length: int) -> None:
         """Keep the last `length` frames; the first of them becomes the anchor."""
-        self.frames, self.history = self.frames[:, -length:], self.history[:, -length:]
+        self.pixels, self.history = self.pixels[:, -length:], self.history[:, -length:]
         self.actions, self.action_mask = self.actions[:, -length:].clone(), self.action_mask[:, -length:].clone()
         self.actions[:, 0], self.action_mask[:, 0] = 0, 1
         self.anchor = self.latents[:, -length, None]  # [B, 1, C, h, w], clean
-        self.tokens = self.model.image_tokens(to_pixels(self.frames[:, :1].to(self.model.device))[:, 0])
+        self.tokens = self.model.image_tokens(self.pixels[:, 0])
+        self.cache = Cache(self.num_frames)
 
-    def guided_velocity(self, x: Tensor, k: int, actions: Tensor, action_mask: Tensor) -> Tensor:
-        """Velocity of the new frame x [B, 1, C, h, w] at level k, with the history beside it."""
-        window = torch.cat([self.history, x], dim=1)
-        levels = torch.full(window.shape[:2], self.history_level, device=x.device)
-        levels[:, -1] = k
-        without_newest = action_mask.clone()
+    def velocity_with_history(self) -> Callable[[Tensor, int], Tensor]:
+        """The guided velocity of the newest frame as a function of it, x [B, 1, C, h, w], and its level k.
+
+        The network sees the whole window, and sees it twice, with and without the newest action.
+        """
+        B, T = self.actions.shape[:2]
+        levels = torch.full((B, T), self.history_level, device=self.model.device)
+        without_newest = self.action_mask.clone()
         without_newest[:, -1] = 0
-        return self.guided(window, levels, actions, action_mask, without_newest)[:, -1:]
+        guided = self.guided(T, self.actions, self.action_mask, without_newest)
 
-    def guided(self, x: Tensor, k: Tensor, actions: Tensor, with_action: Tensor, without_action: Tensor) -> Tensor:
-        """Guidance between two masks of the actions; both passes run as one batch."""
-        if self.guidance == 1:
-            return self.denoise(x, k, self.anchor, self.tokens, actions, with_action)
-        twice = [torch.cat([tensor, tensor]) for tensor in (x, k, self.anchor, self.tokens, actions)]
-        v_cond, v_uncond = self.denoise(*twice, torch.cat([with_action, without_action])).chunk(2)
-        return guide(v_cond, v_uncond, self.guidance, self.rescale)
+        def velocity(x: Tensor, k: int) -> Tensor:
+            levels[:, -1] = k
+            return guided(torch.cat([self.history, x], dim=1), levels)[:, -1:]
 
-    def denoise(self, *inputs: Tensor) -> Tensor:
+        return velocity
+
+    def velocity_with_memory(self) -> Callable[[Tensor, int], Tensor]:
+        """The same from the newest frame alone, once the memory holds the history. Its two versions, with and without
+        the action, are two alternatives for one next frame."""
+        B, T = self.actions.shape[:2]
+        first = self.cache.frames
+        if first < T - 1:  # the last frame, or all of a new window
+            levels = torch.full((B, T - 1 - first), self.history_level, device=self.model.device)
+            context = self.model.context(self.tokens, T - 1, first)
+            self.cache.appending = True
+            self.denoise(self.history[:, first:], levels, self.anchor, context, self.actions[:, first:-1],
+                         self.action_mask[:, first:-1], self.cache)
+            self.cache.appending = False
+
+        alternatives = 1 if self.guidance == 1 else 2
+        context = self.model.context(self.tokens, T, T - 1, alternatives)
+        actions = self.actions[:, -1:].expand(-1, alternatives, -1)
+        action_mask = torch.tensor([[1.0, 0.0]], device=self.model.device)[:, :alternatives].expand(B, -1)
+
+        def velocity(x: Tensor, k: int) -> Tensor:
+            levels = torch.full((B, alternatives), k, device=x.device)
+            x = x.expand(-1, alternatives, -1, -1, -1)
+            v = self.denoise(x, levels, self.anchor, context, actions, action_mask, self.cache)
+            return v if alternatives == 1 else guide(v[:, :1], v[:, 1:], self.guidance, self.rescale)
+
+        return velocity
+
+    def guided(self, frames: int, actions: Tensor, with_action: Tensor, without_action: Tensor
+               ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Guidance between two masks of the actions, as a function of a window and its levels, both passes in one batch."""
+        passes = 1 if self.guidance == 1 else 2
+        anchor, actions = (torch.cat([tensor] * passes) for tensor in (self.anchor, actions))
+        context = self.model.context(torch.cat([self.tokens] * passes), frames)
+        action_mask = torch.cat([with_action, without_action][:passes])
+
+        def velocity(x: Tensor, levels: Tensor) -> Tensor:
+            x, levels = torch.cat([x] * passes), torch.cat([levels] * passes)
+            v = self.denoise(x, levels, anchor, context, actions, action_mask)
+            return v if passes == 1 else guide(*v.chunk(2), self.guidance, self.rescale)
+
+        return velocity
+
+    def denoise(self, *inputs) -> Tensor:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.device.type == "cuda"):
             return self.model.denoise(*inputs).float()
 
@@ -173,12 +229,13 @@ class WorldModel:
         actions = self.check_actions(actions, (1, T - 1, self.action_dim))
         led_to = torch.cat([self.actions, actions], dim=1)
         with_action = torch.ones(1, T, device=led_to.device)
+        velocity = self.guided(T, led_to, with_action, 0 * with_action)
         x = self.noise(1, T)
         for k, k_next in zip(self.levels, self.levels[1:] + [0]):
-            v = self.guided(x, torch.full((1, T), k, device=x.device), led_to, with_action, 0 * with_action)
+            v = velocity(x, torch.full((1, T), k, device=x.device))
             x = self.model.schedule.ddim_step(x, v, k, k_next, self.eta, self.noise(1, T) if self.eta > 0 else None)
         self.latents = x
-        return self.model.decode(x)[0].cpu().numpy()
+        return to_frames(self.model.decode(x))[0]
 
     def to_history(self, latents: Tensor) -> Tensor:
         """Clean latents [B, T, C, h, w] to the small noise level at which the history is held."""
@@ -229,7 +286,7 @@ def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context:
     frames [≥ context, H, W, 3], actions [T - 1, A]; returns uint8 [T, H, W, 3] at the model's size.
     """
     world.reset(frames[:context], actions[: context - 1])
-    given = list(world.frames[0].numpy())
+    given = list(fit_frames(frames[:context], *world.model.config.size))
     bar = tqdm(actions[context - 1 :], unit="frame", leave=False, disable=None)
     return np.stack(given + [world.step(action) for action in bar])
 

@@ -26,11 +26,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import causal_attention
 import data
 import sample
 import train
 from action_guidance import align_actions, drop_actions, guide
-from causal_conv import TRANSFER_METHODS, TemporalConv, TemporalNorm, transfer_weights
+from causal_conv import TRANSFER_METHODS, Cache, TemporalConv, TemporalNorm, transfer_weights
 from data import Clips, DataError, collate, fit_frames, open_episodes
 from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
@@ -813,7 +814,7 @@ def test_a_rollout_goes_on_past_the_window_and_remembers_all_latents():
     world = small_world()
     imagined = sample.rollout(world, frames, actions)
     assert imagined.shape == (13, 16, 16, 3) and world.latents.shape == (1, 13, 4, 8, 8)
-    assert world.latents.isfinite().all() and world.history.shape[1] <= 4 and world.frames.shape[1] <= 4
+    assert world.latents.isfinite().all() and world.history.shape[1] <= 4 and world.pixels.shape[1] <= 4
 
 
 def test_a_full_window_starts_over_with_its_last_frames():
@@ -828,14 +829,20 @@ def test_a_full_window_starts_over_with_its_last_frames():
     assert torch.equal(world.actions[0, 1:], torch.from_numpy(actions[2:4]))
 
 
-def test_history_is_held_at_the_second_lowest_level():
-    world = small_world(steps=50)
-    assert world.history_level == 39 and small_world(steps=1).history_level == 999
-    seen, denoise = [], world.model.denoise
-    def spy(x, k, anchor, tokens, actions, mask):
-        seen.append((x.clone(), k.clone(), mask.clone()))
-        return denoise(x, k, anchor, tokens, actions, mask)
+def passes_of(world: WorldModel) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """A list that fills with x, k and action mask of every pass of the network from now on."""
+    passes, denoise = [], world.model.denoise
+    def spy(x, k, anchor, context, actions, mask, cache=None):
+        passes.append((x.clone(), k.clone(), mask.clone()))
+        return denoise(x, k, anchor, context, actions, mask, cache)
     world.model.denoise = spy
+    return passes
+
+
+def test_history_is_held_at_the_second_lowest_level():
+    world = small_world(steps=50, streaming=False)
+    assert world.history_level == 39 and small_world(steps=1).history_level == 999
+    seen = passes_of(world)
     frames, actions = small_episode(3)
     world.reset(frames, actions[:2])
     world.step(actions[2])
@@ -856,11 +863,83 @@ def test_unknown_past_actions_are_hidden_not_zero():
 
 def test_guidance_1_is_one_conditional_pass():
     frames, actions = small_episode(3)
-    one, almost = small_world(guidance=1.0), small_world(guidance=1.0 + 1e-9, rescale=0.0)
-    passes, denoise = [], one.model.denoise
-    one.model.denoise = lambda x, *rest: passes.append(len(x)) or denoise(x, *rest)
-    a, b = sample.rollout(one, frames, actions[:2]), sample.rollout(almost, frames, actions[:2])
-    assert passes == [1] * 6 and error_of(one.latents, almost.latents) < 1e-4
+    for streaming in (True, False):
+        one = small_world(guidance=1.0, streaming=streaming)
+        almost = small_world(guidance=1.0 + 1e-9, rescale=0.0, streaming=streaming)
+        passes = passes_of(one)
+        sample.rollout(one, frames, actions[:2])
+        sample.rollout(almost, frames, actions[:2])
+        assert [x.shape[:2] for x, _, _ in passes] == ([(1, 1)] * 8 if streaming else [(1, 2)] * 3 + [(1, 3)] * 3)
+        assert error_of(one.latents, almost.latents) < 1e-4
+
+
+def test_streaming_runs_one_frame_at_a_time():
+    world = small_world(guidance=2.0)
+    passes = passes_of(world)
+    frames, actions = small_episode(2)
+    sample.rollout(world, frames, np.concatenate([actions] * 3))
+    # A frame: remember the one before, then 3 steps over the new one's two versions. A full window: remember its last 2.
+    assert [x.shape[1] for x, _, _ in passes] == [1, 2, 2, 2] * 3 + [2, 2, 2, 2] + [1, 2, 2, 2] + [2, 2, 2, 2]
+    assert all(mask.tolist() == [[1, 0]] for _, k, mask in passes[1:4])
+
+
+def test_streaming_imagines_the_same_frames():
+    # as recomputing does, over many windows; with and without guidance, for one world and for three, from one frame and from four
+    for scope, guidance, worlds, context in (("past", 1, 3, 4), ("past", 2.5, 1, 1), ("frame", 1, 1, 4), ("frame", 2.5, 3, 1)):
+        episodes = [small_episode(4, seed) for seed in range(worlds)]
+        frames, actions = (np.stack(arrays) for arrays in zip(*episodes))
+        latents = []
+        for streaming in (True, False):
+            world = small_world(scope, guidance=guidance, steps=2, streaming=streaming)
+            world.reset(frames[:, :context], actions[:, : context - 1])
+            for t in range(40 - context):
+                world.step(actions[:, t % 4])
+            latents.append(world.latents)
+        assert latents[0].shape[1] == 40
+        assert (latents[0] - latents[1]).abs().max() < 1e-4, (scope, guidance, worlds, context)
+
+
+def test_every_memory_matters():
+    frames, actions = small_episode(3)
+    def roll(forget: type[nn.Module] | None) -> Tensor:
+        world = small_world("past", steps=2)
+        world.reset(frames[:2], actions[:1])
+        world.step(actions[1])
+        world.velocity_with_memory()  # now the memory holds all three frames
+        for layer, memory in world.cache.items():
+            if isinstance(layer, forget or ()):
+                world.cache[layer] = memory + 0.1 if isinstance(memory, Tensor) else [tensor + 0.1 for tensor in memory]
+        world.step(actions[2])
+        return world.latents
+    right = roll(None)
+    for kind in (TemporalConv, TemporalNorm, causal_attention.Attention):
+        assert error_of(roll(kind), right) > 1e-3, kind
+
+
+def test_streaming_a_network_that_is_not_strictly_causal_is_announced():
+    words = io.StringIO()
+    with contextlib.redirect_stdout(words):
+        default, asked = small_world("clip"), small_world("clip", streaming=True)
+    assert not default.streaming and asked.streaming and words.getvalue().count("approximates") == 1
+    frames, actions = small_episode(3)
+    exact, approximate = (sample.rollout(world, frames, actions) for world in (default, asked))
+    assert approximate.shape == exact.shape and error_of(asked.latents, default.latents) > 1e-3
+
+
+def test_a_cache_refuses_what_it_cannot_remember():
+    network, inputs = causal_network("frame")
+    inputs = {name: tensor[:, :1] if name != "text" else tensor for name, tensor in inputs.items()}
+    cache = Cache(capacity=2)
+    cache.appending = False
+    with raises(ValueError, "append a frame before"):
+        network(**inputs, cache=cache)
+    cache.appending = True
+    for _ in range(2):
+        network(**inputs, cache=cache)
+    with raises(ValueError, "has room for 0"):
+        network(**inputs, cache=cache)
+    with raises(ValueError, "needs causal=True"):
+        UNet(SMALL)(**{name: inputs[name] for name in ("x", "k", "text", "image")}, cache=Cache(2))
 
 
 def test_several_worlds_run_side_by_side():
@@ -888,14 +967,12 @@ def test_frames_of_any_size_are_fitted():
 
 
 def test_sampling_all_frames_together_hides_every_action():
-    world, masks = small_world(), []
-    denoise = world.model.denoise
-    world.model.denoise = lambda x, k, a, t, actions, mask: masks.append((k.unique().numel(), mask)) or \
-        denoise(x, k, a, t, actions, mask)
+    world = small_world()
+    passes = passes_of(world)
     frames, actions = small_episode(4)
     assert world.imagine_together(frames, actions[:3]).shape == (4, 16, 16, 3)
-    for levels, mask in masks:
-        assert levels == 1 and mask.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    for _, k, mask in passes:
+        assert k.unique().numel() == 1 and mask.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
     with raises(RequestError, "6 frames do not fit into one window of 4"):
         world.imagine_together(frames, np.zeros((5, 13)))
 

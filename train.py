@@ -63,12 +63,12 @@ class PostTraining(nn.Module):
         model = self.model
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.device.type == "cuda"):
             with torch.no_grad():
-                latents = model.encode(frames, noise=draws["posterior"]).float()  # [B, T, C, h, w]
+                latents = model.encode(to_pixels(frames), noise=draws["posterior"]).float()  # [B, T, C, h, w]
             anchor_image = to_pixels(frames[:, :1])[:, 0] * draws["keep_image"].view(-1, 1, 1, 1)
-            tokens = model.image_tokens(anchor_image)
+            context = model.context(model.image_tokens(anchor_image), frames.shape[1])
 
             def denoise(x: Tensor, k: Tensor) -> Tensor:
-                return model.denoise(x, k, latents[:, :1], tokens, align_actions(actions), draws["action_mask"])
+                return model.denoise(x, k, latents[:, :1], context, align_actions(actions), draws["action_mask"])
 
             return diffusion_forcing_loss(denoise, model.schedule, latents, draws["k"], draws["noise"])
 

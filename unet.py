@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 from action_guidance import MultiHotEmbedding, action_embedding
 from causal_attention import Attention, FeedForward, PointwiseConv1d, TemporalTransformer, merge_heads, split_heads
-from causal_conv import TemporalConv, TemporalConvBlock, transfer_weights
+from causal_conv import Cache, TemporalConv, TemporalConvBlock, transfer_weights
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,18 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
         self.temopral_conv = TemporalConvBlock(channels, config.causal, config.norm_scope)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # [B·T, C, H, W], [B, T, E]
+    def forward(self, x: Tensor, emb: Tensor, cache: Cache | None = None) -> Tensor:  # [B·T, C, H, W], [B, T, E]
         h = self.in_layers(x) + self.emb_layers(emb).flatten(0, 1)[:, :, None, None]
         h = self.skip_connection(x) + self.out_layers(h)
-        return across_frames(self.temopral_conv, h, frames=emb.shape[1])
+        return across_frames(self.temopral_conv, h, emb.shape[1], cache)
 
 
-def across_frames(layer: nn.Module, h: Tensor, frames: int) -> Tensor:
+def across_frames(layer: nn.Module, h: Tensor, frames: int, cache: Cache | None) -> Tensor:
     """Run a temporal layer: [B·T, C, H, W] -> [B, C, T, H, W] -> layer -> [B·T, C, H, W]."""
-    return layer(h.unflatten(0, (-1, frames)).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+    return layer(h.unflatten(0, (-1, frames)).transpose(1, 2), cache).transpose(1, 2).flatten(0, 1)
+
+
+Context = dict[nn.Module, tuple[Tensor, ...]]  # cross-attention -> its keys and values
 
 
 class CrossAttention(nn.Module):
@@ -120,13 +123,17 @@ class CrossAttention(nn.Module):
         self.to_v_ip = nn.Linear(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, channels))
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor) -> Tensor:  # [B·T, HW, C], [B, 77, D], [B, T, L, D]
-        q = self.to_q(x)
-        q_of_clip = q.view(len(text), -1, q.shape[-1])  # [B, T·HW, heads·d]
-        from_text = self.attend(q_of_clip, self.to_k(text), self.to_v(text)).view_as(q)
+    def project(self, text: Tensor, image: Tensor) -> tuple[Tensor, ...]:  # [B, 77, D], [B, T, L, D]
+        """Keys and values of both sources. They do not depend on x: one projection serves all denoising steps."""
         image = image.flatten(0, 1)  # [B·T, L, D]
-        from_image = self.attend(q, self.to_k_ip(image), self.to_v_ip(image))
-        return self.to_out(from_text + from_image)
+        return self.to_k(text), self.to_v(text), self.to_k_ip(image), self.to_v_ip(image)
+
+    def forward(self, x: Tensor, context: tuple[Tensor, ...]) -> Tensor:  # [B·T, HW, C]
+        k_text, v_text, k_image, v_image = context
+        q = self.to_q(x)
+        q_of_clip = q.view(len(k_text), -1, q.shape[-1])  # [B, T·HW, heads·d]
+        from_text = self.attend(q_of_clip, k_text, v_text).view_as(q)
+        return self.to_out(from_text + self.attend(q, k_image, v_image))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return merge_heads(F.scaled_dot_product_attention(*(split_heads(x, self.heads) for x in (q, k, v))))
@@ -140,9 +147,9 @@ class SpatialBlock(nn.Module):
         self.ff = FeedForward(channels)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), text, image)
+        x = x + self.attn2(self.norm2(x), context[self.attn2])
         return x + self.ff(self.norm3(x))
 
 
@@ -158,10 +165,10 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([SpatialBlock(inner, heads, config.head_channels, config.context_dim)])
         self.proj_out = zero_init(nn.Linear(inner, channels))
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor) -> Tensor:  # [B·T, C, H, W]
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # [B·T, C, H, W]
         h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # [B·T, HW, C]
         for block in self.transformer_blocks:
-            h = block(h, text, image)
+            h = block(h, context)
         return x + self.proj_out(h).transpose(1, 2).view_as(x)
 
 
@@ -256,34 +263,42 @@ class UNet(nn.Module):
             nn.Conv2d(channels, config.out_channels, 3, padding=1)
         self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), zero_init(out))
 
-    def forward(self, x: Tensor, k: Tensor, text: Tensor, image: Tensor, fps: Tensor | None = None,
-                actions: Tensor | None = None, action_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, text: Tensor | Context, image: Tensor | None, fps: Tensor | None = None,
+                actions: Tensor | None = None, action_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Predict the velocity of every frame.
 
         x            [B, T, in, H, W]  noisy latents and the anchor's; H and W multiples of 2^(levels - 1)
         k            [B] or [B, T]     noise level, 0..999
-        text         [B, 77, D]        the caption's tokens
-        image        [B, T, L, D]      L tokens of the anchor image for each frame
+        text         [B, 77, D]        the caption's tokens, or what `context` made of text and image
+        image        [B, T, L, D]      L tokens of the anchor image for each frame; None if text is a context
         fps          [B]               frames per second; None means the config's default_fps
         actions      [B, T, A]         the action that led to each frame (`align_actions`); None adds nothing
         action_mask  [B, T]            1 keeps and 0 hides a frame's action; None keeps all
+        cache                          memory of the frames before; x then holds only new ones: see `Cache`
 
         returns      [B, T, out, H, W]. Raises ValueError for shapes that do not fit.
         """
-        self.check_shapes(x, k, image, actions)
+        self.check_shapes(x, k, image, actions, cache)
         B, T = x.shape[:2]
         emb = self.embed(k.view(B, -1).expand(B, T), fps, actions, action_mask)  # [B, T, E]
+        context = text if image is None else self.context(text, image)
 
         h, skips = x.flatten(0, 1), []
         for i, block in enumerate(self.input_blocks):
-            h = self.run(block, h, emb, text, image)
+            h = self.run(block, h, emb, context, cache)
             if i == 0:
-                h = self.run(self.init_attn, h, emb, text, image)
+                h = self.run(self.init_attn, h, emb, context, cache)
             skips.append(h)
-        h = self.run(self.middle_block, h, emb, text, image)
+        h = self.run(self.middle_block, h, emb, context, cache)
         for block in self.output_blocks:
-            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, text, image)
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, context, cache)
+        if cache is not None and cache.appending:
+            cache.frames += T
         return self.out(h).unflatten(0, (B, T))
+
+    def context(self, text: Tensor, image: Tensor) -> Context:
+        """Keys and values of text [B, 77, D] and image tokens [B, T, L, D] in every cross-attention."""
+        return {layer: layer.project(text, image) for layer in self.modules() if isinstance(layer, CrossAttention)}
 
     def embed(self, k: Tensor, fps: Tensor | None, actions: Tensor | None, action_mask: Tensor | None) -> Tensor:
         """Noise level, frame rate and action of every frame, in one vector each: [B, T, 4·model_channels]."""
@@ -297,22 +312,23 @@ class UNet(nn.Module):
             emb = emb + (action if action_mask is None else action * action_mask[..., None])
         return emb
 
-    def run(self, layers: nn.ModuleList, h: Tensor, emb: Tensor, text: Tensor, image: Tensor) -> Tensor:
+    def run(self, layers: nn.ModuleList, h: Tensor, emb: Tensor, context: Context, cache: Cache | None) -> Tensor:
         """One block's layers in turn, each with what it needs."""
         for layer in layers:
             if isinstance(layer, ResBlock):
-                inputs = (h, emb)
+                inputs = (h, emb, cache)
             elif isinstance(layer, SpatialTransformer):
-                inputs = (h, text, image)
+                inputs = (h, context)
             elif isinstance(layer, TemporalTransformer):
-                inputs = (layer, h, emb.shape[1])
+                inputs = (layer, h, emb.shape[1], cache)
                 layer = across_frames
             else:
                 inputs = (h,)
             h = checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing else layer(*inputs)
         return h
 
-    def check_shapes(self, x: Tensor, k: Tensor, image: Tensor, actions: Tensor | None) -> None:
+    def check_shapes(self, x: Tensor, k: Tensor, image: Tensor | None, actions: Tensor | None,
+                     cache: Cache | None) -> None:
         B, T, C, H, W = x.shape
         factor = 2 ** (len(self.config.channel_mult) - 1)
         if C != self.config.in_channels or H % factor or W % factor:
@@ -320,11 +336,19 @@ class UNet(nn.Module):
                              f"with H and W multiples of {factor}")
         if k.shape not in [(B,), (B, T)]:
             raise ValueError(f"noise level k is {list(k.shape)}; expected [{B}] or [{B}, {T}]")
-        if image.shape[:2] != (B, T):
+        if image is not None and image.shape[:2] != (B, T):
             raise ValueError(f"image is {list(image.shape)}; expected tokens for each frame, [{B}, {T}, L, D]")
         if actions is not None and actions.shape != (B, T, self.config.action_dim or 0):
             raise ValueError(f"actions is {list(actions.shape)}; expected [{B}, {T}, {self.config.action_dim or 0}] "
                              "(a network without action_dim takes none)")
+        if cache is not None:
+            if not self.config.causal:
+                raise ValueError("a network that looks ahead cannot remember: a cache needs causal=True")
+            if not cache.appending and not cache.frames:
+                raise ValueError("the cache is empty: append a frame before reading it")
+            room = cache.capacity - cache.frames + (not cache.appending)
+            if T > room:
+                raise ValueError(f"{T} frames do not fit into the cache, which has room for {room}")
 
 
 # ---------------------------------------------------------------------------------------------------------

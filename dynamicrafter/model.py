@@ -10,15 +10,17 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from causal_conv import Cache
 from diffusion_forcing import NoiseSchedule
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTowerConfig, load_image_tower, load_text_tower, \
     preprocess
 from dynamicrafter.resampler import Resampler, ResamplerConfig, load_resampler
-from unet import CheckpointError, UNet, UNetConfig, load_dynamicrafter, load_vid2world, load_weights, read_checkpoint, \
+from unet import CheckpointError, Context, UNet, UNetConfig, load_dynamicrafter, load_vid2world, load_weights, read_checkpoint, \
     read_lightning
 
 
@@ -71,21 +73,20 @@ class Model(nn.Module):
         factor = self.config.autoencoder.factor
         return self.config.autoencoder.latent_channels, self.config.size[0] // factor, self.config.size[1] // factor
 
-    def encode(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
-        """uint8 [B, T, H, W, 3] -> latents [B, T, C, h, w]; with noise, a sample of the posterior."""
-        return self.autoencoder.encode(to_pixels(frames), noise)
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels [B, T, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w]; with noise, a sample of the posterior."""
+        return self.autoencoder.encode(pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, T, C, h, w] -> uint8 [B, T, H, W, 3]."""
-        pixels = self.autoencoder.decode(latents).clamp(-1, 1)
-        return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 1, 3, 4, 2)
+        """Latents [B, T, C, h, w] -> pixels [B, T, 3, H, W] in [-1, 1]."""
+        return self.autoencoder.decode(latents).clamp(-1, 1)
 
     def image_tokens(self, anchor: Tensor) -> Tensor:
         """Anchor frames [B, 3, H, W] in [-1, 1] -> tokens [B, slots · L, D]."""
         return self.resampler(self.image_tower(preprocess(anchor, self.config.image_tower.image_size)))
 
     def image_context(self, tokens: Tensor, frames: int) -> Tensor:
-        """Share the tokens out: frame i gets the L of slot i, [B, T, L, D].
+        """Share the tokens out: frame i gets the L of slot i, [B, frames, L, D].
 
         In the released Vid2World every frame gets all tokens, unless the clip fills all slots.
         """
@@ -94,18 +95,30 @@ class Model(nn.Module):
             return tokens[:, None].expand(-1, frames, -1, -1)
         return tokens.unflatten(1, (slots, -1))[:, :frames]
 
-    def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, tokens: Tensor, actions: Tensor | None = None,
-                action_mask: Tensor | None = None) -> Tensor:
-        """The velocity [B, T, C, h, w] of a clip x, given its anchor's latents [B, 1, C, h, w] and image tokens."""
-        B, T = x.shape[:2]
-        fps = torch.full((B,), self.config.fps, device=x.device)
+    def context(self, tokens: Tensor, frames: int, first: int = 0, alternatives: int = 1) -> Context:
+        """What frames `first` .. `frames` - 1 of a clip ask of the caption and the anchor image, whose tokens these are.
+
+        alternatives  how many versions of each of these frames there will be side by side
+        """
+        image = self.image_context(tokens, frames)[:, first:].repeat_interleave(alternatives, dim=1)
+        return self.unet.context(self.text.expand(len(tokens), -1, -1), image)
+
+    def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, context: Context, actions: Tensor | None = None,
+                action_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """The velocity [B, T, C, h, w] of a clip x, given its anchor's latents [B, 1, C, h, w] and the context."""
+        fps = torch.full(x.shape[:1], self.config.fps, device=x.device)
         x = torch.cat([x, anchor.expand_as(x)], dim=2)
-        return self.unet(x, k, self.text.expand(B, -1, -1), self.image_context(tokens, T), fps, actions, action_mask)
+        return self.unet(x, k, context, None, fps, actions, action_mask, cache)
 
 
 def to_pixels(frames: Tensor) -> Tensor:
     """uint8 [B, T, H, W, 3] -> float [B, T, 3, H, W] in [-1, 1]."""
     return frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+
+
+def to_frames(pixels: Tensor) -> np.ndarray:
+    """float [B, T, 3, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
+    return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------

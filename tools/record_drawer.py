@@ -1,0 +1,212 @@
+"""Record the bundled world: a simulated Sawyer arm at a drawer (Meta-World, rendered by MuJoCo), in RT-1's format.
+
+    pip install metaworld mujoco packaging            (and libosmesa6, Debian's name, to render without a screen)
+    python -m tools.record_drawer --world drawer --split train --episodes 1200 --out datasets/drawer
+    python -m tools.record_drawer --world drawer --split val --episodes 32 --out datasets/drawer
+    python -m tools.record_drawer --world others --split train --episodes 1200 --out datasets/others
+
+`drawer` is what the world model learns. `others` is what the passive video model was pretrained on: tasks without a
+drawer, and without actions (zeros are written in their place).
+
+One frame spans six steps of the simulator with the action held, so that one sees it move. A world model learns what
+actions do only if they are not habits: a scripted expert always reaches for the drawer, and a network
+that knows this need not look at the action. So a quarter of the episodes each come from
+
+    expert   the scripted policy with strong smooth noise          pause    motion and stillness in turn
+    random   smooth noise alone                                    sweep    one direction at a time, at full speed
+
+and in all but the expert's the gripper opens and closes at random. The episodes of a file are a function of the seed, the
+split and the file's number; files that exist already are left as they are.
+"""
+import argparse
+import os
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tools.tfrecord import encode_example, write_records
+
+FRAMES, STEPS_PER_FRAME = 24, 6
+HEIGHT, WIDTH = 64, 80  # of a recorded frame; rendered at twice that
+CAMERA, CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)
+LOW, HIGH = np.array([-0.4, 0.45, 0.06]), np.array([0.4, 0.9, 0.42])  # where the hand starts and turns back, in metres
+WORLDS = {
+    "drawer": ("drawer-close-v3", "drawer-open-v3"),
+    "others": ("button-press-v3", "button-press-topdown-v3", "coffee-button-v3", "coffee-push-v3", "dial-turn-v3",
+               "door-close-v3", "door-open-v3", "door-lock-v3", "faucet-open-v3", "faucet-close-v3", "handle-press-v3",
+               "handle-pull-v3", "lever-pull-v3", "pick-place-v3", "plate-slide-v3", "push-v3", "reach-v3", "soccer-v3",
+               "sweep-into-v3", "window-open-v3"),
+}
+BEHAVIOURS = ("expert", "random", "pause", "sweep")
+
+
+class Simulator:
+    """One task of Meta-World, seen by our camera."""
+
+    def __init__(self, task: str):
+        os.environ.setdefault("MUJOCO_GL", "osmesa")
+        try:
+            import mujoco
+            from metaworld import ALL_V3_ENVIRONMENTS
+            from metaworld.policies import ENV_POLICY_MAP
+        except ImportError as error:
+            raise SystemExit(f"recording needs the simulator ({error}): pip install metaworld mujoco packaging") from None
+        self.env = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA, width=2 * WIDTH,
+                                             height=2 * HEIGHT)
+        self.env._freeze_rand_vec, self.env._set_task_called = False, True  # a new layout at every reset
+        self.env.max_path_length = 10**9
+        self.policy = ENV_POLICY_MAP[task]()
+        self.camera = mujoco.mj_name2id(self.env.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
+        self.env.model.cam_pos[self.camera] = CAMERA_POSITION
+        self.flags_off = (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION)  # four times faster
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """A new layout, with the drawer (if there is one) and the hand anywhere."""
+        self.env.seed(int(rng.integers(2**31)))
+        np.random.seed(int(rng.integers(2**31)))  # Meta-World's scripted layouts draw from it
+        self.observation, _ = self.env.reset()
+        if "drawer" in type(self.env).__name__.lower():
+            self.env.data.joint("goal_slidey").qpos[0] = rng.uniform(-0.16, 0)
+        target = rng.uniform(LOW, HIGH)
+        gripper = rng.choice([-1.0, 1.0])
+        for _ in range(80):
+            self.advance(np.append(np.clip(10 * (target - self.hand), -1, 1), gripper))
+
+    def advance(self, action: np.ndarray) -> None:
+        self.observation, *_ = self.env.step(action.astype(np.float32))
+
+    @property
+    def hand(self) -> np.ndarray:
+        return self.observation[:3]
+
+    def render(self) -> np.ndarray:
+        """uint8 [64, 80, 3]. This camera hangs upside down."""
+        viewer = self.env.mujoco_renderer._get_viewer("rgb_array")
+        for flag in self.flags_off:
+            viewer.scn.flags[flag] = 0
+        picture = Image.fromarray(self.env.render()).rotate(180)
+        return np.asarray(picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
+
+    def gripper(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where the fingertips are: position [3] in metres, and pixel [2] (x to the right, y down)."""
+        position = self.env.tcp_center
+        seen = self.env.data.cam_xmat[self.camera].reshape(3, 3).T @ (position - self.env.data.cam_xpos[self.camera])
+        focal = HEIGHT / 2 / np.tan(np.radians(self.env.model.cam_fovy[self.camera]) / 2)
+        upside_down = np.array([WIDTH, HEIGHT]) / 2 + focal * np.array([seen[0], -seen[1]]) / -seen[2]
+        return position, np.array([WIDTH, HEIGHT]) - upside_down
+
+
+def smooth_noise(rng: np.random.Generator, memory: float) -> np.ndarray:
+    """Actions [FRAMES, 3] that wander (an Ornstein-Uhlenbeck process of standard deviation 1)."""
+    noise = rng.standard_normal((FRAMES, 3))
+    for t in range(1, FRAMES):
+        noise[t] = memory * noise[t - 1] + np.sqrt(1 - memory**2) * noise[t]
+    return noise
+
+
+def held(rng: np.random.Generator, draw, shortest: int, longest: int) -> np.ndarray:
+    """A row of FRAMES draws, each held for some frames."""
+    rows = []
+    while len(rows) < FRAMES:
+        rows += [draw()] * int(rng.integers(shortest, longest + 1))
+    return np.array(rows[:FRAMES])
+
+
+def plan(behaviour: str, rng: np.random.Generator) -> np.ndarray:
+    """What the hand means to do, [FRAMES, 4]; the expert's own action comes on top of its noise."""
+    motion = rng.uniform(0.4, 1.0) * smooth_noise(rng, memory=0.8)
+    if behaviour == "pause":
+        motion *= held(rng, lambda: rng.integers(2), 2, 6)[:, None]
+    if behaviour == "sweep":
+        motion = held(rng, lambda: rng.uniform(0.5, 1) * rng.choice([-1, 1]) * np.eye(3)[rng.integers(3)], 3, 8)
+    gripper = held(rng, lambda: rng.choice([-1.0, 1.0]), 4, 12)
+    return np.concatenate([motion, gripper[:, None]], axis=1)
+
+
+def record(simulator: Simulator, behaviour: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One episode: frame t shows the world before action t."""
+    simulator.reset(rng)
+    rows = {"frames": [], "actions": [], "position": [], "pixel": []}
+    turn = np.ones(3)
+    for action in plan(behaviour, rng):
+        if behaviour == "expert":
+            action = np.append(action[:3] + simulator.policy.get_action(simulator.observation)[:3],
+                               simulator.policy.get_action(simulator.observation)[3])
+        else:  # turn back at the borders
+            outward = np.where(simulator.hand < LOW, -1, np.where(simulator.hand > HIGH, 1, 0))
+            turn = np.where(outward * action[:3] * turn > 0, -turn, turn)
+            action = np.append(action[:3] * turn, action[3])
+        action = np.clip(action, -1, 1)
+        position, pixel = simulator.gripper()
+        for name, value in zip(rows, (simulator.render(), action, position, pixel)):
+            rows[name].append(value)
+        for _ in range(STEPS_PER_FRAME):
+            simulator.advance(action)
+    return {name: np.array(values) for name, values in rows.items()}
+
+
+def encode(episode: dict[str, np.ndarray], with_actions: bool) -> bytes:
+    """An Example in RT-1's schema, with the gripper's place beside it."""
+    actions = episode["actions"] * with_actions
+    T = len(actions)
+    terminate = np.zeros((T, 3), np.int64)
+    terminate[:, 1] = 1  # go on
+    terminate[-1] = (1, 0, 0)
+    return encode_example({
+        "steps/observation/image": [to_jpeg(frame) for frame in episode["frames"]],
+        "steps/action/base_displacement_vector": np.zeros((T, 2), np.float32),
+        "steps/action/base_displacement_vertical_rotation": np.zeros((T, 1), np.float32),
+        "steps/action/gripper_closedness_action": actions[:, 3:].astype(np.float32),
+        "steps/action/rotation_delta": np.zeros((T, 3), np.float32),
+        "steps/action/terminate_episode": terminate * with_actions,
+        "steps/action/world_vector": actions[:, :3].astype(np.float32),
+        "steps/observation/gripper_position": episode["position"].astype(np.float32),
+        "steps/observation/gripper_pixel": episode["pixel"].astype(np.float32),
+    })
+
+
+def to_jpeg(frame: np.ndarray) -> bytes:
+    file = BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=88, subsampling=0)
+    return file.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Record episodes of a simulated robot arm.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--world", choices=WORLDS, default="drawer")
+    parser.add_argument("--split", choices=["train", "val"], default="train")
+    parser.add_argument("--episodes", type=int, default=1200)
+    parser.add_argument("--per-file", type=int, default=32)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    out, files = Path(args.out), -(-args.episodes // args.per_file)
+    out.mkdir(parents=True, exist_ok=True)
+    simulators: dict[str, Simulator] = {}
+    with tqdm(total=args.episodes, unit="episode") as bar:
+        for number in range(files):
+            path = out / f"fractal20220817_data-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
+            payloads = []
+            for i in range(number * args.per_file, min((number + 1) * args.per_file, args.episodes)):
+                if not path.exists():
+                    rng = np.random.default_rng([args.seed, zlib.crc32(f"{args.world} {args.split}".encode()), i])
+                    task = WORLDS[args.world][i // len(BEHAVIOURS) % len(WORLDS[args.world])]
+                    if task not in simulators:
+                        simulators[task] = Simulator(task)
+                    episode = record(simulators[task], BEHAVIOURS[i % len(BEHAVIOURS)], rng)
+                    payloads.append(encode(episode, with_actions=args.world == "drawer"))
+                bar.update()
+            if payloads:
+                partial = path.with_suffix(".partial")
+                write_records(partial, payloads)
+                partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ those of the words so far, and only the new frame asks.
 
 Paper: section 4.1. The classes carry DynamiCrafter's parameter names, so its weights load as they are.
 """
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ class Attention(nn.Module):
             k, v = self.past_and_present(cache, k, v)  # [N, past + L, heads·d]
             sees = cache.sees(x.shape[1], x.device)
         q, k, v = (split_heads(tensor, self.heads) for tensor in (q, k, v))
+        if sees is not None and len(sees) <= 2:
+            return self.to_out(merge_heads(attend_plainly(q, k, v, sees)))
         return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v, sees, is_causal=self.causal and sees is None)))
 
     def past_and_present(self, cache: Cache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +57,12 @@ class Attention(nn.Module):
             buffer[:, cache.frames : end] = new
         keys, values = cache[self]
         return keys[:, :end], values[:, :end]
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
+    """Attention written out: for one or two queries at each of thousands of pixels, the fused kernel's overhead is the cost."""
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [N, heads, L, past + L]
+    return scores.masked_fill(~sees, -torch.inf).softmax(dim=-1) @ v
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -72,7 +81,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        value, gate = (F.linear(x, *half) for half in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
         return value * F.gelu(gate)
 
 

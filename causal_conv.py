@@ -107,7 +107,7 @@ class TemporalConv(nn.Conv3d):
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
         if cache is None:
-            return super().forward(F.pad(x, (0, 0, 0, 0, *self.pad_frames)))
+            return self.convolve(F.pad(x, (0, 0, 0, 0, *self.pad_frames)), self.weight)
         if not cache.appending:  # the past's share is known already; only the last column of the kernel is left
             _, from_past = cache[self]
             return torch.matmul(self.weight[:, :, -1, 0, 0], x.flatten(2)).view_as(x) + from_past
@@ -117,8 +117,12 @@ class TemporalConv(nn.Conv3d):
             past = x.new_zeros(*x.shape[:2], self.kernel_size[0] - 1, *x.shape[3:])
         x = torch.cat([past, x], dim=2)
         past = x[:, :, -past.shape[2] :].clone()
-        cache[self] = past, F.conv3d(past, self.weight[:, :, :-1], self.bias)
-        return super().forward(x)
+        cache[self] = past, self.convolve(past, self.weight[:, :, :-1])
+        return self.convolve(x, self.weight)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """In two dimensions, time and pixel: PyTorch's 3-D convolution is slow for a single clip on the CPU."""
+        return F.conv2d(x.flatten(3), weight[..., 0], self.bias).unflatten(3, x.shape[3:])
 
 
 class TemporalNorm(nn.GroupNorm):

@@ -39,7 +39,7 @@ from action_guidance import guide
 from causal_conv import Cache
 from data import DATA_SETS, DataError, fit_frames, open_episodes
 from diffusion_forcing import LEVELS
-from dynamicrafter.model import Model, from_vid2world, load_model, to_frames, to_pixels
+from dynamicrafter.model import Model, from_vid2world, keep_freed_memory, load_model, to_frames, to_pixels
 from evaluation.pictures import save_gif, save_strip
 from unet import CheckpointError, read_checkpoint
 
@@ -256,17 +256,22 @@ class WorldModel:
         return actions
 
 
-def load_world(checkpoint: str | Path, device: str | torch.device | None = None, **options) -> WorldModel:
+def load_world(checkpoint: str | Path, device: str | torch.device | None = None, compile: bool = False, **options
+               ) -> WorldModel:
     """A world model from a run folder of train.py, a checkpoint in it, or a released Vid2World checkpoint.
 
     device   None means CUDA where there is one
+    compile  the U-Net with torch.compile: minutes at the first frames, faster ones later
     options  those of WorldModel
 
     Raises CheckpointError for a file that cannot be used, RequestError for options out of range.
     """
     path = Path(checkpoint)
     released = path.is_file() and "state_dict" in read_checkpoint(path)
+    keep_freed_memory()
     model = from_vid2world(path) if released else load_model(path)
+    if compile:
+        model.unet.compile()
     return WorldModel(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), **options)
 
 
@@ -312,6 +317,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eta", type=float, default=1.0, help="fresh noise per step: 0 none, 1 as the paper")
     add("--overlap", type=int, default=8, help="frames that stay when the window of 16 is full")
     add("--seed", type=int, default=0)
+    add("--streaming", action=argparse.BooleanOptionalAction, default=None,
+        help="remember the history, or run it again at every step; if left out, remember where that is exact")
+    add("--compile", action="store_true", help="torch.compile the network: minutes at the first frames, faster ones later")
     add("--nar", action="store_true", help="sample all frames together (the paper's Vid2World-NAR)")
     add("--device", help="cpu, cuda, …; if left out, CUDA where there is one")
     add("--out", default="rollouts", help="folder for the pictures")
@@ -339,7 +347,8 @@ def choose_actions(args: argparse.Namespace, recorded: np.ndarray, action_dim: i
 
 
 def run(args: argparse.Namespace) -> None:
-    options = {name: getattr(args, name) for name in ("guidance", "steps", "seed", "eta", "overlap", "rescale")}
+    options = {name: getattr(args, name) for name in ("guidance", "steps", "seed", "eta", "overlap", "rescale",
+                                                      "streaming", "compile")}
     world = load_world(args.checkpoint, args.device, **options)
     path = Path(args.checkpoint)
     trained_on = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path).get("data", {})

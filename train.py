@@ -40,8 +40,8 @@ from causal_conv import TRANSFER_METHODS
 from data import DATA_SETS, Clips, DataError, DataSet, Episodes, collate, fit_frames, open_episodes
 from diffusion_forcing import LEVELS, diffusion_forcing_loss
 from dynamicrafter.autoencoder import fit_autoencoder
-from dynamicrafter.model import PRESETS, Model, from_dynamicrafter, frozen_weights, load_model, save, to_pixels, \
-    trained_weights
+from dynamicrafter.model import PRESETS, Model, from_dynamicrafter, frozen_weights, keep_freed_memory, load_model, save, \
+    to_pixels, trained_weights
 from evaluation.pictures import save_curves, save_strip
 from sample import RequestError, WorldModel, psnr, rollout
 from unet import CheckpointError, read_checkpoint
@@ -67,19 +67,22 @@ class PostTraining(nn.Module):
             anchor_image = to_pixels(frames[:, :1])[:, 0] * draws["keep_image"].view(-1, 1, 1, 1)
             context = model.context(model.image_tokens(anchor_image), frames.shape[1])
 
+            led_to = align_actions(actions) if model.config.unet.action_dim else None
+
             def denoise(x: Tensor, k: Tensor) -> Tensor:
-                return model.denoise(x, k, latents[:, :1], context, align_actions(actions), draws["action_mask"])
+                return model.denoise(x, k, latents[:, :1], context, led_to, draws["action_mask"])
 
             return diffusion_forcing_loss(denoise, model.schedule, latents, draws["k"], draws["noise"])
 
 
-def draw(model: Model, actions: Tensor, clips: list[int], seed: int, action_dropout: float,
-         image_dropout: float) -> dict[str, Tensor]:
+def draw(model: Model, actions: Tensor, clips: list[int], seed: int, action_dropout: float, image_dropout: float,
+         shared_level: bool = False) -> dict[str, Tensor]:
     """All that is random about a batch but dropout, each clip's a function of (seed, its number)."""
     def draw_clip(clip: int, actions: Tensor) -> dict[str, Tensor]:
         T = actions.shape[1]
         generator = torch.Generator().manual_seed(entropy(seed, clip))
-        return {"k": torch.randint(LEVELS, (T,), generator=generator),  # a noise level for every frame
+        k = torch.randint(LEVELS, (T,), generator=generator)  # a noise level for every frame
+        return {"k": k[:1].expand(T) if shared_level else k,
                 "noise": torch.randn(T, *model.latent_shape, generator=generator),
                 "posterior": torch.randn(T, *model.latent_shape, generator=generator),
                 "action_mask": drop_actions(actions, action_dropout, generator)[0],
@@ -102,6 +105,8 @@ def build_model(args: argparse.Namespace, dataset: DataSet) -> Model:
     """From DynamiCrafter (`--base`), or random. What learns requires grad."""
     config = PRESETS[args.preset]
     unet = replace(config.unet, causal=True, norm_scope=args.norm_scope, action_dim=dataset.action_dim)
+    if args.passive:
+        unet = replace(config.unet, causal=False, norm_scope="clip", action_dim=None)
     config = replace(config, unet=unet, size=tuple(args.size), fps=dataset.fps)
     torch.manual_seed(args.seed)
     model = from_dynamicrafter(args.base, config, args.transfer) if args.base else Model(config)
@@ -131,6 +136,7 @@ def pretrain_autoencoder(model: Model, clips: Clips, args: argparse.Namespace) -
 
 def train(args: argparse.Namespace) -> int:
     """Train until args.steps or until a signal; returns the exit code."""
+    keep_freed_memory()
     rank, world, device = join_processes()
     say = print if rank == 0 else lambda *words: None
     dataset, out = DATA_SETS[args.data], Path(args.out)
@@ -159,9 +165,7 @@ def train(args: argparse.Namespace) -> int:
         if not args.base:
             if rank == 0:
                 pretrain_autoencoder(model, clips, args)
-            model.autoencoder.config = from_first_process(model.autoencoder.config)
-            model.config = replace(model.config, autoencoder=model.autoencoder.config)
-    if model.config.unet.action_dim != dataset.action_dim:
+    if not args.passive and model.config.unet.action_dim != dataset.action_dim:
         raise DataError(f"{args.data} has actions of {dataset.action_dim} numbers, but the network in {out} takes "
                         f"{model.config.unet.action_dim}")
 
@@ -173,7 +177,7 @@ def train(args: argparse.Namespace) -> int:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     say(f"{sum(p.numel() for p in parameters) / 1e6:.1f} M parameters learn, {sum(p.numel() for p in frozen) / 1e6:.1f} M "
         f"are frozen; {world} process{'es' if world > 1 else ''} on {device.type}")
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, fused=True)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
     trainee = PostTraining(model)
@@ -198,7 +202,7 @@ def train(args: argparse.Namespace) -> int:
     for step in bar:
         torch.manual_seed(entropy(args.seed, step, rank))  # for dropout
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+            group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1), (args.steps - step) / max(args.cooldown, 1))
 
         step_loss = 0.0
         for micro in range(args.accumulate):
@@ -208,7 +212,7 @@ def train(args: argparse.Namespace) -> int:
                 damaged.add(message)
             accumulating = world > 1 and micro < args.accumulate - 1
             with trainee.no_sync() if accumulating else nullcontext():
-                loss = batch_loss(trainee, model, batch, args.seed, args.action_dropout, args.image_dropout)
+                loss = batch_loss(trainee, model, batch, args.seed, args.action_dropout, args.image_dropout, args.shared_level)
                 (loss / args.accumulate).backward()
             step_loss += loss.item() / args.accumulate
         nn.utils.clip_grad_norm_(parameters, args.clip_grad)
@@ -224,7 +228,7 @@ def train(args: argparse.Namespace) -> int:
             if due[1]:
                 checkpoint(step)
                 log.draw()
-            if due[2]:
+            if due[2] and not args.passive:
                 draw_strip(model, held_out, args, step)
         if stopping:
             break
@@ -248,8 +252,8 @@ def clip_order(args: argparse.Namespace, start: int, rank: int, world: int) -> I
 
 
 def batch_loss(trainee: nn.Module, model: Model, batch: dict, seed: int, action_dropout: float,
-               image_dropout: float) -> Tensor:
-    draws = draw(model, batch["actions"], batch["index"], seed, action_dropout, image_dropout)
+               image_dropout: float, shared_level: bool) -> Tensor:
+    draws = draw(model, batch["actions"], batch["index"], seed, action_dropout, image_dropout, shared_level)
     draws = {name: tensor.to(model.device) for name, tensor in draws.items()}
     return trainee(batch["frames"].to(model.device), batch["actions"].to(model.device), draws)
 
@@ -262,7 +266,7 @@ def validate(model: Model, held_out: Episodes, args: argparse.Namespace) -> floa
     losses = []
     for first in range(0, args.val_clips, args.batch):
         batch = intact(collate([clips[i] for i in range(first, min(first + args.batch, args.val_clips))]))
-        losses += [batch_loss(PostTraining(model), model, batch, args.seed, 0, 0).item()] * len(batch["index"])
+        losses += [batch_loss(PostTraining(model), model, batch, args.seed, 0, 0, args.shared_level).item()] * len(batch["index"])
     model.train()
     return sum(losses) / len(losses)
 
@@ -411,6 +415,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, help="if left out, 1e-5 with --base and 1e-3 without")
     add("--warmup", type=int, default=100, help="steps over which the learning rate rises")
     add("--clip-grad", type=float, default=0.5)
+    add("--cooldown", type=int, default=0, help="steps at the end over which it falls to zero")
+    add("--passive", action="store_true", help="do not post-train, pretrain: bidirectional, without actions, one noise level per clip")
+    add("--shared-level", action="store_true", help="one noise level per clip (without diffusion forcing, for comparison)")
     add("--action-dropout", type=float, default=0.2, help="chance that a frame's action is hidden")
     add("--image-dropout", type=float, default=0.05, help="chance that a clip's anchor image is blank")
     add("--dropout", type=float, help="of every layer that has one; if left out, the network's own")
@@ -429,6 +436,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**json.loads((Path(args.out) / "arguments.json").read_text()))
         args = parser.parse_args(argv)
     args.preset = args.preset or ("512" if args.base else "tiny")
+    args.shared_level = args.shared_level or args.passive
     if not args.base and args.preset != "tiny":
         parser.error(f"--preset {args.preset} starts from DynamiCrafter's checkpoint: name it with --base")
     if not args.size:

@@ -5,7 +5,7 @@ Parameter names are those of the checkpoint, below `first_stage_model.`.
 """
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -184,7 +184,7 @@ def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: 
 
     batches  of pixels [N, 3, H, W] in [-1, 1]; `steps` of them
 
-    Returns it with a latent_scale that brings the latents to unit standard deviation.
+    Returns it with latents of unit standard deviation.
     """
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -200,7 +200,12 @@ def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: 
         optimizer.step()
         decay.step()
         bar.set_postfix_str(f"{10 * math.log10(4 / error.item()):.1f} dB")
-    autoencoder.config = replace(autoencoder.config, latent_scale=1 / mean.std().item())
+    with torch.no_grad():  # bring the latents to unit standard deviation, in the two layers around them
+        scale, channels = 1 / mean.std(), autoencoder.config.latent_channels
+        autoencoder.quant_conv.weight[:channels] *= scale
+        autoencoder.quant_conv.bias[:channels] *= scale
+        autoencoder.quant_conv.bias[channels:] += 2 * scale.log()
+        autoencoder.post_quant_conv.weight /= scale
     return autoencoder
 
 

@@ -36,12 +36,11 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, channels))
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [N, L, C]
-        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        q, k, v = (split_heads(to(x), self.heads) for to in (self.to_q, self.to_k, self.to_v))  # [N, heads, L, d]
         sees = None
         if cache is not None:
-            k, v = self.past_and_present(cache, k, v)  # [N, past + L, heads·d]
+            k, v = self.past_and_present(cache, k, v)  # [N, heads, past + L, d]
             sees = cache.sees(x.shape[1], x.device)
-        q, k, v = (split_heads(tensor, self.heads) for tensor in (q, k, v))
         if sees is not None and len(sees) <= 2:
             return self.to_out(merge_heads(attend_plainly(q, k, v, sees)))
         return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v, sees, is_causal=self.causal and sees is None)))
@@ -50,13 +49,13 @@ class Attention(nn.Module):
         """Write new keys and values behind the remembered ones. A pass that does not append leaves the count of
         frames as it was, so that the next pass writes over what it wrote."""
         if self not in cache:
-            N, _, inner = k.shape
-            cache[self] = k.new_empty(N, cache.capacity + 1, inner), v.new_empty(N, cache.capacity + 1, inner)
-        end = cache.frames + k.shape[1]
+            N, heads, _, d = k.shape
+            cache[self] = [k.new_empty(N, heads, cache.capacity + 1, d) for _ in range(2)]
+        end = cache.frames + k.shape[2]
         for buffer, new in zip(cache[self], (k, v)):
-            buffer[:, cache.frames : end] = new
+            buffer[:, :, cache.frames : end] = new
         keys, values = cache[self]
-        return keys[:, :end], values[:, :end]
+        return keys[:, :, :end], values[:, :, :end]
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:

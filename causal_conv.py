@@ -50,14 +50,23 @@ class Cache(dict):
 
     capacity  frames that the memory can hold, with one alternative more
 
-    Memory for one clip, in numbers: Σ over temporal attentions 2 (capacity + 1) H W inner, for keys and values, and
-    Σ over temporal convolutions 3 H W channels, for two inputs and what they add to the next frame. DynamiCrafter-512 has
-    36.7 M + 8.9 M of them for each ... 
+    It holds, for one clip:
+
+        2 (capacity + 1) · Σ H·W·inner      over temporal attentions: keys and values, one more for an alternative
+        3 · Σ H·W·channels                  over temporal convolutions: two inputs, and what they add to the next frame
+        2 · frames · Σ 32                   over norms of scope "past": mean and variance of each group
+
+    numbers; in DynamiCrafter-512, 40×64 latents and 16 frames, 580 M + 90 M: 1.34 GB in bfloat16.
     """
 
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity, self.frames, self.appending = capacity, 0, True
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [tensor for kept in self.values() for tensor in ([kept] if isinstance(kept, Tensor) else kept)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def sees(self, new: int, device: torch.device) -> Tensor:
         """Which frames each of the new ones sees, bool [new, frames + new]."""

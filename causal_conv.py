@@ -41,6 +41,37 @@ TRANSFER_METHODS = ("mixed", "shift", "masked", "extrapolative")
 NORM_SCOPES = ("clip", "past", "frame")
 
 
+def transfer_weights(kernel: Tensor, method: str) -> Tensor:
+    """Turn a centred temporal kernel into a causal one of the same size.
+
+    kernel  [out, in, n, ...], n odd: the weights on frames t-m .. t+m, with m = (n-1)/2
+    returns [out, in, n, ...]: the weights on frames t-2m .. t, to be used with n-1 zero frames on the left
+
+    Raises ValueError for an unknown method or an even kernel size. Paper: section 4.1.
+    """
+    if method not in TRANSFER_METHODS:
+        raise ValueError(f"transfer is {method!r}; it must be one of {', '.join(TRANSFER_METHODS)}")
+    n = kernel.shape[2]
+    if n % 2 == 0:
+        raise ValueError(f"a centred kernel has an odd number of frames, this one has {n}")
+    if method == "shift":
+        return kernel.clone()
+
+    m = (n - 1) // 2
+    past_and_present, future = kernel[:, :, : m + 1], kernel[:, :, m + 1 :]  # frames t-m .. t and t+1 .. t+m
+    causal = torch.zeros_like(kernel)
+    causal[:, :, m:] = past_and_present
+    if method == "mixed":
+        causal[:, :, :m] = kernel.mean(dim=2, keepdim=True)
+    if method == "extrapolative":
+        # The line through the last two frames, x[t+j] ≈ x[t] + j (x[t] - x[t-1]), moves the weight of every
+        # future frame onto those two.
+        for j in range(1, m + 1):
+            causal[:, :, -1] += (1 + j) * future[:, :, j - 1]
+            causal[:, :, -2] -= j * future[:, :, j - 1]
+    return causal
+
+
 class Cache(dict):
     """What the frames so far leave behind for the next one: temporal layer -> what it keeps.
 
@@ -76,37 +107,6 @@ class Cache(dict):
         return torch.cat([old, own], dim=1)
 
 
-def transfer_weights(kernel: Tensor, method: str) -> Tensor:
-    """Turn a centred temporal kernel into a causal one of the same size.
-
-    kernel  [out, in, n, ...], n odd: the weights on frames t-m .. t+m, with m = (n-1)/2
-    returns [out, in, n, ...]: the weights on frames t-2m .. t, to be used with n-1 zero frames on the left
-
-    Raises ValueError for an unknown method or an even kernel size. Paper: section 4.1.
-    """
-    if method not in TRANSFER_METHODS:
-        raise ValueError(f"transfer is {method!r}; it must be one of {', '.join(TRANSFER_METHODS)}")
-    n = kernel.shape[2]
-    if n % 2 == 0:
-        raise ValueError(f"a centred kernel has an odd number of frames, this one has {n}")
-    if method == "shift":
-        return kernel.clone()
-
-    m = (n - 1) // 2
-    past_and_present, future = kernel[:, :, : m + 1], kernel[:, :, m + 1 :]  # frames t-m .. t and t+1 .. t+m
-    causal = torch.zeros_like(kernel)
-    causal[:, :, m:] = past_and_present
-    if method == "mixed":
-        causal[:, :, :m] = kernel.mean(dim=2, keepdim=True)
-    if method == "extrapolative":
-        # The line through the last two frames, x[t+j] ≈ x[t] + j (x[t] - x[t-1]), moves the weight of every
-        # future frame onto those two.
-        for j in range(1, m + 1):
-            causal[:, :, -1] += (1 + j) * future[:, :, j - 1]
-            causal[:, :, -2] -= j * future[:, :, j - 1]
-    return causal
-
-
 class TemporalConv(nn.Conv3d):
     """Convolution over time at every pixel, kernel (n, 1, 1): centred, or ending at its own frame if `causal`."""
 
@@ -122,7 +122,7 @@ class TemporalConv(nn.Conv3d):
             return torch.matmul(self.weight[:, :, -1, 0, 0], x.flatten(2)).view_as(x) + from_past
         if self in cache:
             past, _ = cache[self]
-        else:
+        else:  # before the first frame there is nothing
             past = x.new_zeros(*x.shape[:2], self.kernel_size[0] - 1, *x.shape[3:])
         x = torch.cat([past, x], dim=2)
         past = x[:, :, -past.shape[2] :].clone()
@@ -153,8 +153,9 @@ class TemporalNorm(nn.GroupNorm):
         frame_mean = groups.mean((2, 4, 5), keepdim=True)  # [B, G, 1, T, 1, 1]
         frame_var = (groups - frame_mean).square().mean((2, 4, 5))  # [B, G, T]
         statistics = torch.stack([frame_mean.flatten(2), frame_var])  # [2, B, G, T]
-        sees = torch.ones(x.shape[2], x.shape[2], device=x.device).tril()
-        if cache is not None:  # a clip norm, too, can only see the past now
+        if cache is None:
+            sees = torch.ones(x.shape[2], x.shape[2], device=x.device).tril()
+        else:  # here a norm over the whole clip, too, sees no more than the past
             sees = cache.sees(x.shape[2], x.device)
             statistics = torch.cat([cache[self], statistics], dim=-1) if self in cache else statistics
             if cache.appending:

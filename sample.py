@@ -129,15 +129,16 @@ class WorldModel:
         if self.history.shape[1] == self.num_frames:
             self.open_window(self.overlap)
 
-        self.actions = torch.cat([self.actions, action[:, None]], dim=1)
-        self.action_mask = torch.cat([self.action_mask, torch.ones_like(action[:, :1])], dim=1)
-        velocity = self.velocity_with_memory() if self.streaming else self.velocity_with_history()
+        actions = torch.cat([self.actions, action[:, None]], dim=1)
+        action_mask = torch.cat([self.action_mask, torch.ones_like(action[:, :1])], dim=1)
+        velocity = self.velocity_with_memory(action) if self.streaming else self.velocity_with_history(actions, action_mask)
         x = self.noise(B, 1)
         for k, k_next in zip(self.levels, self.levels[1:] + [0]):
             x = self.model.schedule.ddim_step(x, velocity(x, k), k, k_next, self.eta,
                                               self.noise(B, 1) if self.eta > 0 else None)
 
         pixels = self.model.decode(x)
+        self.actions, self.action_mask = actions, action_mask
         self.pixels = torch.cat([self.pixels, pixels], dim=1)
         self.latents = torch.cat([self.latents, x], dim=1)
         self.history = torch.cat([self.history, self.to_history(x)], dim=1)
@@ -153,16 +154,16 @@ class WorldModel:
         self.tokens = self.model.image_tokens(self.pixels[:, 0])
         self.cache = Cache(self.num_frames)
 
-    def velocity_with_history(self) -> Callable[[Tensor, int], Tensor]:
+    def velocity_with_history(self, actions: Tensor, action_mask: Tensor) -> Callable[[Tensor, int], Tensor]:
         """The guided velocity of the newest frame as a function of it, x [B, 1, C, h, w], and its level k.
 
         The network sees the whole window, and sees it twice, with and without the newest action.
         """
-        B, T = self.actions.shape[:2]
+        B, T = actions.shape[:2]
         levels = torch.full((B, T), self.history_level, device=self.model.device)
-        without_newest = self.action_mask.clone()
+        without_newest = action_mask.clone()
         without_newest[:, -1] = 0
-        guided = self.guided(T, self.actions, self.action_mask, without_newest)
+        guided = self.guided(T, actions, action_mask, without_newest)
 
         def velocity(x: Tensor, k: int) -> Tensor:
             levels[:, -1] = k
@@ -170,22 +171,14 @@ class WorldModel:
 
         return velocity
 
-    def velocity_with_memory(self) -> Callable[[Tensor, int], Tensor]:
-        """The same from the newest frame alone, once the memory holds the history. Its two versions, with and without
-        the action, are two alternatives for one next frame."""
-        B, T = self.actions.shape[:2]
-        first = self.cache.frames
-        if first < T - 1:  # the last frame, or all of a new window
-            levels = torch.full((B, T - 1 - first), self.history_level, device=self.model.device)
-            context = self.model.context(self.tokens, T - 1, first)
-            self.cache.appending = True
-            self.denoise(self.history[:, first:], levels, self.anchor, context, self.actions[:, first:-1],
-                         self.action_mask[:, first:-1], self.cache)
-            self.cache.appending = False
-
+    def velocity_with_memory(self, action: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The same from the newest frame alone, to which this action [B, A] leads, over the memory of the history. Its two
+        versions, with and without the action, are two alternatives for one next frame."""
+        self.remember()
+        B, T = self.history.shape[:2]
         alternatives = 1 if self.guidance == 1 else 2
-        context = self.model.context(self.tokens, T, T - 1, alternatives)
-        actions = self.actions[:, -1:].expand(-1, alternatives, -1)
+        context = self.model.context(self.tokens, T + 1, T, alternatives)
+        actions = action[:, None].expand(-1, alternatives, -1)
         action_mask = torch.tensor([[1.0, 0.0]], device=self.model.device)[:, :alternatives].expand(B, -1)
 
         def velocity(x: Tensor, k: int) -> Tensor:
@@ -195,6 +188,21 @@ class WorldModel:
             return v if alternatives == 1 else guide(v[:, :1], v[:, 1:], self.guidance, self.rescale)
 
         return velocity
+
+    def remember(self) -> None:
+        """Append to the memory what it lacks of the history: the last frame, or all of a new window."""
+        B, T = self.history.shape[:2]
+        first = self.cache.frames
+        if first == T:
+            return
+        # Should this pass be interrupted, some layers remember and others do not: then the next step starts from nothing.
+        cache, self.cache = self.cache, Cache(self.num_frames)
+        cache.appending = True
+        self.denoise(self.history[:, first:], torch.full((B, T - first), self.history_level, device=self.model.device),
+                     self.anchor, self.model.context(self.tokens, T, first), self.actions[:, first:],
+                     self.action_mask[:, first:], cache)
+        cache.appending = False
+        self.cache = cache
 
     def guided(self, frames: int, actions: Tensor, with_action: Tensor, without_action: Tensor
                ) -> Callable[[Tensor, Tensor], Tensor]:

@@ -899,13 +899,14 @@ def test_streaming_imagines_the_same_frames():
         assert (latents[0] - latents[1]).abs().max() < 1e-4, (scope, guidance, worlds, context)
 
 
+@torch.inference_mode()
 def test_every_memory_matters():
     frames, actions = small_episode(3)
     def roll(forget: type[nn.Module] | None) -> Tensor:
         world = small_world("past", steps=2)
         world.reset(frames[:2], actions[:1])
         world.step(actions[1])
-        world.velocity_with_memory()  # now the memory holds all three frames
+        world.remember()  # all three frames
         for layer, memory in world.cache.items():
             if isinstance(layer, forget or ()):
                 world.cache[layer] = memory + 0.1 if isinstance(memory, Tensor) else [tensor + 0.1 for tensor in memory]
@@ -914,6 +915,32 @@ def test_every_memory_matters():
     right = roll(None)
     for kind in (TemporalConv, TemporalNorm, causal_attention.Attention):
         assert error_of(roll(kind), right) > 1e-3, kind
+
+
+def test_an_interrupted_step_leaves_the_world_as_it_was():
+    frames, actions = small_episode(3)
+    def roll(interrupt: bool) -> Tensor:
+        world = small_world("past", steps=2)
+        world.reset(frames[:1])
+        world.step(actions[0])
+        if interrupt:  # while the memory is being written
+            layer = world.model.unet.middle_block[0].temopral_conv
+            right = layer.forward
+            layer.forward = lambda *inputs: 1 / 0
+            with raises(ZeroDivisionError, ""):
+                world.step(actions[1])
+            layer.forward = right
+        world.step(actions[1])
+        return world.latents
+    assert error_of(roll(True), roll(False)) < 1e-5
+
+
+def test_the_cache_of_the_full_network_is_as_large_as_stated():
+    with torch.device("meta"):
+        network, cache = UNet(replace(UNetConfig(), causal=True, norm_scope="frame")), Cache(capacity=16)
+        network(torch.empty(1, 8, 8, 40, 64), torch.empty(1, 8), torch.empty(1, 77, 1024), torch.empty(1, 8, 16, 1024),
+                cache=cache)
+    assert round(cache.nbytes / 2 / 1e9, 2) == 1.34  # in bfloat16, half of what float32 takes
 
 
 def test_streaming_a_network_that_is_not_strictly_causal_is_announced():
@@ -1114,6 +1141,19 @@ def test_noise_and_masks_belong_to_the_clip_not_to_the_batch():
     apart = train.draw(model, actions[2:], [2, 3], seed=0, action_dropout=0.5, image_dropout=0.5)
     assert all(torch.equal(together[name][2:], apart[name]) for name in together)
     assert len(together["k"].unique()) > 10  # a level for every frame
+    shared = train.draw(model, actions, [0, 1, 2, 3], 0, 0.5, 0.5, shared_level=True)
+    assert all(len(levels.unique()) == 1 for levels in shared.pop("k")) and len(shared) == 4
+    assert all(torch.equal(together[name], shared[name]) for name in shared)
+
+
+def test_a_passive_model_learns_without_actions_and_without_causality():
+    out = folder() / "passive"
+    words = train_words(make_rt1([6] * 9), out, steps=3)
+    code, output = run_command(train.main, *words, "--passive", "--warmup", 1, "--cooldown", 2)
+    assert code == 0 and "sample.py" not in output
+    config = load_model(out).config.unet
+    assert not config.causal and config.action_dim is None and len(losses(out)) == 3
+    refused(sample.main, "--checkpoint", out, "--out", folder(), saying="passive")
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch():

@@ -19,12 +19,10 @@ log.jsonl, loss.png, and strips of imagined frames. Paper: section 5 and appendi
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +40,10 @@ from diffusion_forcing import LEVELS, diffusion_forcing_loss
 from dynamicrafter.autoencoder import fit_autoencoder
 from dynamicrafter.model import PRESETS, Model, from_dynamicrafter, frozen_weights, keep_freed_memory, load_model, save, \
     to_pixels, trained_weights
-from evaluation.pictures import save_curves, save_strip
+from evaluation.pictures import save_strip
 from sample import RequestError, WorldModel, psnr, rollout
+from tools.processes import across_processes, ignore_interrupt, join_processes, stop_on_signals
+from tools.run_folder import Log, check_folder
 from unet import CheckpointError, read_checkpoint
 
 
@@ -238,8 +238,10 @@ def train(args: argparse.Namespace) -> int:
     if rank == 0:
         summary = ", ".join(f"{name} {value}" for name, value in log.summary().items())
         print(f"{'stopped' if stop else 'done'} at step {len(log.rows)}: {summary}, {len(damaged)} damaged episodes skipped")
-        print(f"go on:  python train.py --resume --out {out}" if stop else
-              f"see it: python sample.py --checkpoint {out} --guidance 2.0")
+        if stop:
+            print(f"go on:  python train.py --resume --out {out}")
+        elif not args.passive:
+            print(f"see it: python sample.py --checkpoint {out} --guidance 2.0")
     return 128 + stop[0] if stop else 0
 
 
@@ -286,103 +288,6 @@ def draw_strip(model: Model, held_out: Episodes, args: argparse.Namespace, step:
     tqdm.write(f"step {step}: rollout at {psnr(imagined, truth)[1:].mean():.2f} dB, {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Around the loop
-
-
-class Log:
-    """log.jsonl, one line per step, and loss.png. A resumed run keeps the lines up to the step it starts from."""
-
-    def __init__(self, folder: Path, start: int):
-        self.path, self.picture = folder / "log.jsonl", folder / "loss.png"
-        lines = self.path.read_text().splitlines(keepends=True)[:start] if start else []
-        self.rows = [json.loads(line) for line in lines]
-        self.path.write_text("".join(lines))
-
-    def write(self, step: int, loss: float, val: float | None) -> None:
-        self.rows.append({"step": step, "loss": loss} | ({} if val is None else {"val": val}))
-        with open(self.path, "a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
-
-    def summary(self) -> dict[str, str]:
-        recent = [row["loss"] for row in self.rows[-50:]]
-        vals = [row["val"] for row in self.rows if "val" in row]
-        return {"loss": f"{np.mean(recent):.4f}"} | ({"val": f"{vals[-1]:.4f}"} if vals else {})
-
-    def draw(self) -> None:
-        size = max(1, len(self.rows) // 200)  # steps per point: single steps are too noisy to read
-        blocks = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
-        save_curves(self.picture, {
-            f"training, mean of {size}": [(block[-1]["step"], np.mean([row["loss"] for row in block])) for block in blocks],
-            "held out": [(row["step"], row["val"]) for row in self.rows if "val" in row]}, "step")
-
-
-def check_folder(args: argparse.Namespace) -> None:
-    """Refuse to write over another run; clear it if told to."""
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; --out names a folder")
-    content = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if not content or args.resume:
-        return
-    if "arguments.json" not in content:
-        raise DataError(f"{out} holds other files ({', '.join(content[:3])}, …); --out names a folder of its own")
-    if not args.overwrite:
-        raise DataError(f"{out} holds a run: --resume goes on with it, --overwrite starts anew, --out names another folder")
-    for pattern in ("*.pt", "*.partial", "*.png", "log.jsonl", "arguments.json"):
-        for path in out.glob(pattern):
-            path.unlink()
-
-
-def join_processes() -> tuple[int, int, torch.device]:
-    """Rank and number of the processes that torchrun started (0 of 1 without it), and this one's device."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:  # the timeout is for the others, while the first trains the autoencoder or draws a strip
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
-    return int(os.environ.get("RANK", 0)), world, device
-
-
-def from_first_process(value: object) -> object:
-    """The first process's value, in all of them."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-def across_processes(loss: float, stop: bool, device: torch.device) -> tuple[float, bool]:
-    """The mean loss, and whether any process was told to stop."""
-    if not dist.is_initialized():
-        return loss, stop
-    both = torch.tensor([loss, float(stop)], device=device, dtype=torch.float64)
-    dist.all_reduce(both)
-    return both[0].item() / dist.get_world_size(), both[1].item() > 0
-
-
-def stop_on_signals() -> list[int]:
-    """A list that Ctrl-C or SIGTERM writes its number into. A second one acts at once."""
-    stop: list[int] = []
-
-    def note(number: int, _) -> None:
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        tqdm.write("stopping after this step; once more to stop at once")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return stop
-
-
-def ignore_interrupt(_: int) -> None:
-    """Ctrl-C reaches the data workers as well; only the main process is to act on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def intact(batch: dict) -> dict:
     if "error" in batch:
         raise DataError(f"no clip can be read: {batch['error']}")
@@ -414,9 +319,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=int, default=1, help="forward passes per step")
     add("--lr", type=float, help="if left out, 1e-5 with --base and 1e-3 without")
     add("--warmup", type=int, default=100, help="steps over which the learning rate rises")
-    add("--clip-grad", type=float, default=0.5)
     add("--cooldown", type=int, default=0, help="steps at the end over which it falls to zero")
-    add("--passive", action="store_true", help="do not post-train, pretrain: bidirectional, without actions, one noise level per clip")
+    add("--clip-grad", type=float, default=0.5)
+    add("--passive", action="store_true", help="pretrain a passive model: bidirectional, without actions, one noise level per clip")
     add("--shared-level", action="store_true", help="one noise level per clip (without diffusion forcing, for comparison)")
     add("--action-dropout", type=float, default=0.2, help="chance that a frame's action is hidden")
     add("--image-dropout", type=float, default=0.05, help="chance that a clip's anchor image is blank")

@@ -4,7 +4,7 @@
     anchor frame ──image tower──▶ 257 tokens ──resampler──▶ 16 tokens for every frame             ├▶ U-Net ──▶ velocity
     the empty caption ──text tower, once──▶ 77 tokens                                             ┘
 
-Training and sampling go through the same four methods: `encode`, `image_tokens`, `denoise`, `decode`.
+Training and sampling go through the same five methods: `encode`, `image_tokens`, `context`, `denoise`, `decode`.
 """
 import ctypes
 import os
@@ -43,8 +43,8 @@ PRESETS = {
     "512": ModelConfig(),
     "1024": ModelConfig(unet=UNetConfig(default_fps=10), size=(576, 1024), base_scale=0.3),
     "tiny": ModelConfig(
-        unet=UNetConfig(model_channels=64, channel_mult=(1, 1, 2), num_res_blocks=1, attention_resolutions=(4,),
-                        head_channels=16, context_dim=64, dropout=0.0),
+        unet=UNetConfig(model_channels=32, channel_mult=(1, 2, 4), num_res_blocks=1, head_channels=32, context_dim=64,
+                        dropout=0.0),
         autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, latent_scale=1.0),
         image_tower=ImageTowerConfig(image_size=64, patch_size=16, width=64, layers=2, heads=2, output_dim=64),
         text_tower=None,
@@ -116,7 +116,7 @@ class Model(nn.Module):
 def keep_freed_memory() -> None:
     """On Linux: do not hand memory back to the system after every operation, which would have to zero it anew for the next.
 
-    A quarter of the time of a pass on the CPU is spent on that. Other systems are left as they are.
+    About a fifth of a pass on the CPU would be spent on that. Other systems are left as they are.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
@@ -206,7 +206,8 @@ def load_model(path: str | Path) -> Model:
         fields = content["config"]
         config = ModelConfig(**fields | {
             "unet": UNetConfig(**fields["unet"]), "autoencoder": AutoencoderConfig(**fields["autoencoder"]),
-            "image_tower": ImageTowerConfig(**fields["image_tower"]), "text_tower": fields["text_tower"] and TextTowerConfig(**fields["text_tower"]),
+            "image_tower": ImageTowerConfig(**fields["image_tower"]),
+            "text_tower": fields["text_tower"] and TextTowerConfig(**fields["text_tower"]),
             "resampler": ResamplerConfig(**fields["resampler"])})
         weights = content["weights"] | read_checkpoint(path.parent / content["frozen"])["weights"]
     except (KeyError, TypeError) as error:

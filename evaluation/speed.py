@@ -1,7 +1,7 @@
 """How fast it is, in ratios measured in one run: python -m evaluation.speed --size small
 
-    small   44 M parameters, 16×20 latents, the size at which the ratios of the README were measured
-    tiny    the bundled world's network          full   DynamiCrafter-512's, 1.44 B parameters at 320×512
+    small   64 channels, 16×20 latents: the size at which the ratios of the README were measured
+    tiny    what train.py makes from scratch          full   DynamiCrafter-512, 320×512
 
 Weights are random: they take the same time. Streaming and recomputing imagine the same rollout, timed frame by frame;
 then one long rollout, streaming, and training steps. `--against` compares with another version of this
@@ -53,7 +53,7 @@ def seconds(device: torch.device, work) -> float:
 
 
 def memory(device: torch.device) -> float:
-    """Peak memory in GB, of the device or of this process."""
+    """Peak memory in GB: of the device since its statistics were reset, or of this process since it began."""
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return peak / 1e9
@@ -94,9 +94,10 @@ def time_training(unet: UNet, latents: tuple[int, int], batch: int, rounds: int,
 def measure(args: argparse.Namespace) -> None:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.size} on {name}, norms over {args.norm_scope}, {args.steps} steps, guidance {args.guidance:g}")
     keep_freed_memory()
     model = build(args.size, args.norm_scope, device).eval()
+    print(f"{args.size}, a U-Net of {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, on {name}; norms over "
+          f"{args.norm_scope}, {args.steps} steps, guidance {args.guidance:g}")
 
     times = {mode: time_frames(model, mode == "streaming", args.frames - 1, args) for mode in ("streaming", "recomputing")}
     print("\n| frame | streaming (s) | recomputing (s) | ratio |\n| --- | --- | --- | --- |")
@@ -126,6 +127,8 @@ def measure(args: argparse.Namespace) -> None:
     for batch in args.batch:
         for checkpointing in ([False, True] if args.size == "full" else [False]):
             unet.checkpointing = checkpointing
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             took, operations = time_training(unet, latents, batch, args.rounds, device)
             peak = next((peak for key, peak in PEAKS.items() if key in name), None)
             share = f", {100 * operations / took / peak:.0f} % of the device's peak" if peak else ""

@@ -1,12 +1,12 @@
-"""Record the bundled world: a simulated Sawyer arm at a drawer (Meta-World, rendered by MuJoCo), in RT-1's format.
+"""Record a small world: a simulated Sawyer arm at a drawer (Meta-World, rendered by MuJoCo), in RT-1's format.
 
     pip install metaworld mujoco packaging            (and libosmesa6, Debian's name, to render without a screen)
     python -m tools.record_drawer --world drawer --split train --episodes 1200 --out datasets/drawer
     python -m tools.record_drawer --world drawer --split val --episodes 32 --out datasets/drawer
     python -m tools.record_drawer --world others --split train --episodes 1200 --out datasets/others
 
-`drawer` is what the world model learns. `others` is what the passive video model was pretrained on: tasks without a
-drawer, and without actions (zeros are written in their place).
+`drawer` is for the world model. `others` is for pretraining a passive video model: tasks without a drawer, and
+without actions (zeros are written in their place).
 
 One frame spans six steps of the simulator with the action held, so that one sees it move. A world model learns what
 actions do only if they are not habits: a scripted expert always reaches for the drawer, and a network
@@ -134,8 +134,8 @@ def record(simulator: Simulator, behaviour: str, rng: np.random.Generator) -> di
     turn = np.ones(3)
     for action in plan(behaviour, rng):
         if behaviour == "expert":
-            action = np.append(action[:3] + simulator.policy.get_action(simulator.observation)[:3],
-                               simulator.policy.get_action(simulator.observation)[3])
+            scripted = simulator.policy.get_action(simulator.observation)
+            action = np.append(action[:3] + scripted[:3], scripted[3])
         else:  # turn back at the borders
             outward = np.where(simulator.hand < LOW, -1, np.where(simulator.hand > HIGH, 1, 0))
             turn = np.where(outward * action[:3] * turn > 0, -turn, turn)

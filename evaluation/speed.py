@@ -3,7 +3,7 @@
     small   64 channels, 16×20 latents: the size at which the ratios of the README were measured
     tiny    what train.py makes from scratch          full   DynamiCrafter-512, 320×512
 
-Weights are random: they take the same time. Streaming and recomputing imagine the same rollout, timed frame by frame;
+Weights are random: they take the same time. Streaming and recomputing imagine the same rollout, frame by frame in turn;
 then one long rollout, streaming, and training steps. `--against` compares with another version of this
 repository: passes and training steps of both in turn, so that a noisy machine is noisy to both.
 """
@@ -59,16 +59,23 @@ def memory(device: torch.device) -> float:
     return peak / 1e9
 
 
-def time_frames(model: Model, streaming: bool, frames: int, args: argparse.Namespace) -> list[float]:
-    """Seconds of each new frame of a rollout from one given frame, decoding included."""
-    world = WorldModel(model, guidance=args.guidance, steps=args.steps, streaming=streaming)
+def time_frames(model: Model, modes: dict[str, bool], frames: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each new frame of rollouts from one given frame, decoding included: name of a mode -> its times.
+
+    modes  name -> streaming. Their frames are imagined in turn, so that all meet the same moods of the machine.
+    """
     random = np.random.default_rng(0)
-    def reset():
-        world.reset(random.integers(0, 256, (1, *model.config.size, 3), dtype=np.uint8))
-    reset()
-    world.step(np.zeros(13))  # to warm up
-    reset()
-    return [seconds(model.text.device, lambda: world.step(random.standard_normal(13))) for _ in range(frames)]
+    given = random.integers(0, 256, (1, *model.config.size, 3), dtype=np.uint8)
+    worlds = {mode: WorldModel(model, guidance=args.guidance, steps=args.steps, streaming=modes[mode]) for mode in modes}
+    for world in worlds.values():
+        world.reset(given)
+        world.step(np.zeros(13))  # to warm up
+        world.reset(given)
+    times = {mode: [] for mode in modes}
+    for action in random.standard_normal((frames, 13)):
+        for mode, world in worlds.items():
+            times[mode].append(seconds(model.device, lambda: world.step(action)))
+    return times
 
 
 def time_training(unet: UNet, latents: tuple[int, int], batch: int, rounds: int, device: torch.device) -> tuple[float, float]:
@@ -99,7 +106,7 @@ def measure(args: argparse.Namespace) -> None:
     print(f"{args.size}, a U-Net of {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, on {name}; norms over "
           f"{args.norm_scope}, {args.steps} steps, guidance {args.guidance:g}")
 
-    times = {mode: time_frames(model, mode == "streaming", args.frames - 1, args) for mode in ("streaming", "recomputing")}
+    times = time_frames(model, {"streaming": True, "recomputing": False}, args.frames - 1, args)
     print("\n| frame | streaming (s) | recomputing (s) | ratio |\n| --- | --- | --- | --- |")
     for t, (a, b) in enumerate(zip(times["streaming"], times["recomputing"]), start=2):
         print(f"| {t} | {a:.3f} | {b:.3f} | {b / a:.1f} |")
@@ -117,7 +124,7 @@ def measure(args: argparse.Namespace) -> None:
     print(f"plot: {out / f'speed_{args.size}.png'}; the cache takes {world.cache.nbytes / 1e6:.1f} MB")
 
     if args.long:
-        long = time_frames(model, True, args.long, args)
+        long = time_frames(model, {"streaming": True}, args.long, args)["streaming"]
         early, late = (np.mean(long[t - window : t + window]) for t in (20, args.long - window))
         print(f"streaming, mean of two windows: {early:.3f} s around frame 20, {late:.3f} s around frame {args.long - window}, "
               f"ratio {late / early:.3f}; peak memory {memory(device):.2f} GB")

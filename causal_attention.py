@@ -41,7 +41,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = self.past_and_present(cache, k, v)  # [N, heads, past + L, d]
             sees = cache.sees(x.shape[1], x.device)
-        if sees is not None and len(sees) <= 2:
+        if sees is not None and len(sees) <= 3:
             return self.to_out(merge_heads(attend_plainly(q, k, v, sees)))
         return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v, sees, is_causal=self.causal and sees is None)))
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
-    """Attention written out: for one or two queries at each of thousands of pixels, the fused kernel's overhead is the cost."""
+    """Attention written out: for a few queries at each of thousands of pixels, the fused kernel's overhead is the cost."""
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [N, heads, L, past + L]
     return scores.masked_fill(~sees, -torch.inf).softmax(dim=-1) @ v
 

@@ -75,9 +75,9 @@ def transfer_weights(kernel: Tensor, method: str) -> Tensor:
 class Cache(dict):
     """What the frames so far leave behind for the next one: temporal layer -> what it keeps.
 
-    A pass through the network with `appending` set adds its frames to the memory. Without, it only reads, and its frames
-    are not each other's successors but *alternatives* for the next one: each sees what is remembered, and
-    itself. So guidance runs its two versions of a new frame, with and without the action, over one shared past.
+    A pass through the network adds its frames to the memory, but for the last `alternatives` of them. These are not each other's
+    successors but alternatives for one next frame: each sees what is remembered, what the pass adds, and itself. So
+    guidance runs its two versions of a new frame, with and without the action, over one shared past.
 
     capacity  frames that the memory can hold, with one alternative more
 
@@ -92,7 +92,7 @@ class Cache(dict):
 
     def __init__(self, capacity: int):
         super().__init__()
-        self.capacity, self.frames, self.appending = capacity, 0, True
+        self.capacity, self.frames, self.alternatives = capacity, 0, 0
 
     @property
     def nbytes(self) -> int:
@@ -100,11 +100,11 @@ class Cache(dict):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def sees(self, new: int, device: torch.device) -> Tensor:
-        """Which frames each of the new ones sees, bool [new, frames + new]."""
-        old = torch.ones(new, self.frames, dtype=torch.bool, device=device)
-        own = torch.ones(new, new, dtype=torch.bool, device=device).tril() if self.appending else \
-            torch.eye(new, dtype=torch.bool, device=device)
-        return torch.cat([old, own], dim=1)
+        """Which frames each frame of a pass sees, bool [new, frames + new]."""
+        appended = new - self.alternatives
+        sees = torch.ones(new, self.frames + new, dtype=torch.bool, device=device).tril(self.frames)
+        sees[appended:, self.frames + appended :] = torch.eye(self.alternatives, dtype=torch.bool, device=device)
+        return sees
 
 
 class TemporalConv(nn.Conv3d):
@@ -117,17 +117,18 @@ class TemporalConv(nn.Conv3d):
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
         if cache is None:
             return self.convolve(F.pad(x, (0, 0, 0, 0, *self.pad_frames)), self.weight)
-        if not cache.appending:  # the past's share is known already; only the last column of the kernel is left
-            _, from_past = cache[self]
-            return torch.matmul(self.weight[:, :, -1, 0, 0], x.flatten(2)).view_as(x) + from_past
-        if self in cache:
-            past, _ = cache[self]
-        else:  # before the first frame there is nothing
-            past = x.new_zeros(*x.shape[:2], self.kernel_size[0] - 1, *x.shape[3:])
-        x = torch.cat([past, x], dim=2)
-        past = x[:, :, -past.shape[2] :].clone()
-        cache[self] = past, self.convolve(past, self.weight[:, :, :-1])
-        return self.convolve(x, self.weight)
+        appended, alternatives = x.split([x.shape[2] - cache.alternatives, cache.alternatives], dim=2)
+        outputs = []
+        if appended.shape[2]:
+            past = cache[self][0] if self in cache else F.pad(x[:, :, :0], (0, 0, 0, 0, *self.pad_frames))  # zeros
+            appended = torch.cat([past, appended], dim=2)
+            past = appended[:, :, -past.shape[2] :].clone()
+            cache[self] = past, self.convolve(past, self.weight[:, :, :-1])
+            outputs.append(self.convolve(appended, self.weight))
+        if cache.alternatives:  # the past's share is known already; only the last column of the kernel is left
+            own = torch.matmul(self.weight[:, :, -1, 0, 0], alternatives.flatten(2)).view_as(alternatives)
+            outputs.append(own + cache[self][1])
+        return torch.cat(outputs, dim=2)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """In two dimensions, time and pixel: PyTorch's 3-D convolution is slow for a single clip on the CPU."""
@@ -158,8 +159,7 @@ class TemporalNorm(nn.GroupNorm):
         else:  # here a norm over the whole clip, too, sees no more than the past
             sees = cache.sees(x.shape[2], x.device)
             statistics = torch.cat([cache[self], statistics], dim=-1) if self in cache else statistics
-            if cache.appending:
-                cache[self] = statistics
+            cache[self] = statistics[..., : statistics.shape[-1] - cache.alternatives]
         mean, var = pool(*statistics, sees)  # [B, G, T]
 
         scale = (var + self.eps).rsqrt()[:, :, None] * self.weight.view(self.num_groups, -1, 1)  # [B, G, C/G, T]

@@ -19,9 +19,9 @@ A world model holds a window of frames and imagines one more at a time:
     never meets a clip longer than those it was trained on.
 
 Streaming: the history's inputs never change and a causal network never looks ahead, so what its layers made of the history
-is remembered (`Cache`, causal_conv.py). Step 1 then runs the network on the new frame alone, and after step 2 one
-more pass adds the frame to the memory: steps + 1 passes over one frame, however long the history, in place of
-steps passes over all of it. The frames are the same.
+is remembered (`Cache`, causal_conv.py). Step 1 then runs the network on the new frame alone, and only its first pass takes
+the frame before along, to remember it: steps + 1 frames to compute, however long the history, in place of
+steps times all of it. The frames are the same.
 
 Paper: section 4.3 and algorithm 1 (autoregressive, action-guided sampling).
 """
@@ -131,7 +131,7 @@ class WorldModel:
 
         actions = torch.cat([self.actions, action[:, None]], dim=1)
         action_mask = torch.cat([self.action_mask, torch.ones_like(action[:, :1])], dim=1)
-        velocity = self.velocity_with_memory(action) if self.streaming else self.velocity_with_history(actions, action_mask)
+        velocity = (self.velocity_with_memory if self.streaming else self.velocity_with_history)(actions, action_mask)
         x = self.noise(B, 1)
         for k, k_next in zip(self.levels, self.levels[1:] + [0]):
             x = self.model.schedule.ddim_step(x, velocity(x, k), k, k_next, self.eta,
@@ -171,38 +171,30 @@ class WorldModel:
 
         return velocity
 
-    def velocity_with_memory(self, action: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """The same from the newest frame alone, to which this action [B, A] leads, over the memory of the history. Its two
-        versions, with and without the action, are two alternatives for one next frame."""
-        self.remember()
-        B, T = self.history.shape[:2]
-        alternatives = 1 if self.guidance == 1 else 2
-        context = self.model.context(self.tokens, T + 1, T, alternatives)
-        actions = action[:, None].expand(-1, alternatives, -1)
-        action_mask = torch.tensor([[1.0, 0.0]], device=self.model.device)[:, :alternatives].expand(B, -1)
+    def velocity_with_memory(self, actions: Tensor, action_mask: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """The same from the newest frame alone, over the memory of the history. Its two versions, with and without the
+        action, are alternatives for one next frame.
+
+        The first pass takes along what the memory lacks of the history: the frame before, or all of a new window.
+        """
+        T, versions = self.history.shape[1], 1 if self.guidance == 1 else 2
+        actions = torch.cat([actions] + [actions[:, -1:]] * (versions - 1), dim=1)
+        action_mask = torch.cat([action_mask] + [torch.zeros_like(action_mask[:, -1:])] * (versions - 1), dim=1)
+        levels = torch.full(action_mask.shape, self.history_level, device=self.model.device)
+        contexts = {first: self.model.context(self.tokens, T + 1, first, versions) for first in {self.cache.frames, T}}
 
         def velocity(x: Tensor, k: int) -> Tensor:
-            levels = torch.full((B, alternatives), k, device=x.device)
-            x = x.expand(-1, alternatives, -1, -1, -1)
-            v = self.denoise(x, levels, self.anchor, context, actions, action_mask, self.cache)
-            return v if alternatives == 1 else guide(v[:, :1], v[:, 1:], self.guidance, self.rescale)
+            # Should a pass be interrupted, some layers remember and others do not: then the next one starts from nothing.
+            cache, self.cache = self.cache, Cache(self.num_frames)
+            first, cache.alternatives = cache.frames, versions
+            x = torch.cat([self.history[:, first:]] + [x] * versions, dim=1)
+            levels[:, T:] = k
+            v = self.denoise(x, levels[:, first:], self.anchor, contexts[first], actions[:, first:], action_mask[:, first:], cache)
+            self.cache = cache
+            v = v[:, T - first :]
+            return v if versions == 1 else guide(v[:, :1], v[:, 1:], self.guidance, self.rescale)
 
         return velocity
-
-    def remember(self) -> None:
-        """Append to the memory what it lacks of the history: the last frame, or all of a new window."""
-        B, T = self.history.shape[:2]
-        first = self.cache.frames
-        if first == T:
-            return
-        # Should this pass be interrupted, some layers remember and others do not: then the next step starts from nothing.
-        cache, self.cache = self.cache, Cache(self.num_frames)
-        cache.appending = True
-        self.denoise(self.history[:, first:], torch.full((B, T - first), self.history_level, device=self.model.device),
-                     self.anchor, self.model.context(self.tokens, T, first), self.actions[:, first:],
-                     self.action_mask[:, first:], cache)
-        cache.appending = False
-        self.cache = cache
 
     def guided(self, frames: int, actions: Tensor, with_action: Tensor, without_action: Tensor
                ) -> Callable[[Tensor, Tensor], Tensor]:

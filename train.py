@@ -54,14 +54,14 @@ from unet import CheckpointError, read_checkpoint
 class PostTraining(nn.Module):
     """The loss of a batch, as one module, so that DistributedDataParallel can wrap it."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, bf16: bool):
         super().__init__()
-        self.model = model
+        self.model, self.bf16 = model, bf16
 
     def forward(self, frames: Tensor, actions: Tensor, draws: dict[str, Tensor]) -> Tensor:
         """frames uint8 [B, T, H, W, 3], actions [B, T, A] as stored, and what `draw` drew for these clips."""
         model = self.model
-        with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.device.type == "cuda"):
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
             with torch.no_grad():
                 latents = model.encode(to_pixels(frames), noise=draws["posterior"]).float()  # [B, T, C, h, w]
             anchor_image = to_pixels(frames[:, :1])[:, 0] * draws["keep_image"].view(-1, 1, 1, 1)
@@ -118,16 +118,18 @@ def build_model(args: argparse.Namespace, dataset: DataSet) -> Model:
     return model
 
 
-def pretrain_autoencoder(model: Model, clips: Clips, args: argparse.Namespace) -> None:
+def pretrain_autoencoder(model: Model, episodes: Episodes, args: argparse.Namespace) -> None:
     """Give a random model an autoencoder of the frames it will see."""
     def batches() -> Iterator[Tensor]:
-        order = [list(range(4 * i, 4 * i + 4)) for i in range(args.autoencoder_steps)]
-        for batch in DataLoader(clips, batch_sampler=order, collate_fn=collate, num_workers=args.workers):
-            frames = intact(batch)["frames"].flatten(0, 1)
-            yield to_pixels(frames[None, torch.randperm(len(frames))[:16]].to(model.device))[0]
+        frames = Clips(episodes, 1, tuple(args.size), args.seed)
+        order = [list(range(16 * i, 16 * i + 16)) for i in range(args.autoencoder_steps)]
+        for batch in DataLoader(frames, batch_sampler=order, collate_fn=collate, num_workers=args.workers):
+            yield to_pixels(intact(batch)["frames"].to(model.device))[:, 0]
 
     model.autoencoder.requires_grad_(True)
-    fit_autoencoder(model.autoencoder, batches(), args.autoencoder_steps).requires_grad_(False)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+        fit_autoencoder(model.autoencoder, batches(), args.autoencoder_steps)
+    model.autoencoder.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def train(args: argparse.Namespace) -> int:
             (out / "arguments.json").write_text(json.dumps(vars(args), indent=1))
         if not args.base:
             if rank == 0:
-                pretrain_autoencoder(model, clips, args)
+                pretrain_autoencoder(model, episodes, args)
     if not args.passive and model.config.unet.action_dim != dataset.action_dim:
         raise DataError(f"{args.data} has actions of {dataset.action_dim} numbers, but the network in {out} takes "
                         f"{model.config.unet.action_dim}")
@@ -180,7 +182,7 @@ def train(args: argparse.Namespace) -> int:
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, fused=True)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-    trainee = PostTraining(model)
+    trainee = PostTraining(model, args.bf16)
     if world > 1:  # which also hands the weights of the first process, its autoencoder included, to the others
         trainee = DistributedDataParallel(trainee, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -268,7 +270,7 @@ def validate(model: Model, held_out: Episodes, args: argparse.Namespace) -> floa
     losses = []
     for first in range(0, args.val_clips, args.batch):
         batch = intact(collate([clips[i] for i in range(first, min(first + args.batch, args.val_clips))]))
-        losses += [batch_loss(PostTraining(model), model, batch, args.seed, 0, 0, args.shared_level).item()] * len(batch["index"])
+        losses += [batch_loss(PostTraining(model, args.bf16), model, batch, args.seed, 0, 0, args.shared_level).item()] * len(batch["index"])
     model.train()
     return sum(losses) / len(losses)
 
@@ -326,6 +328,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--action-dropout", type=float, default=0.2, help="chance that a frame's action is hidden")
     add("--image-dropout", type=float, default=0.05, help="chance that a clip's anchor image is blank")
     add("--dropout", type=float, help="of every layer that has one; if left out, the network's own")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16; if left out, where there is CUDA")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass, to save memory")
     add("--autoencoder-steps", type=int, default=1000, help="without --base: steps to train the autoencoder")
     add("--save-every", type=int, default=500)
@@ -347,6 +350,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.size:
         height, width = DATA_SETS[args.data].aspect
         args.size = [64, 64 * width // height] if args.preset == "tiny" else list(PRESETS[args.preset].size)
+    args.bf16 = torch.cuda.is_available() if args.bf16 is None else args.bf16
     args.lr = args.lr or (1e-5 if args.base else 1e-3)
     for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every", "val_clips",
                  "sample_every", "sample_steps"):

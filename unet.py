@@ -292,8 +292,8 @@ class UNet(nn.Module):
         h = self.run(self.middle_block, h, emb, context, cache)
         for block in self.output_blocks:
             h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, context, cache)
-        if cache is not None and cache.appending:
-            cache.frames += T
+        if cache is not None:
+            cache.frames += T - cache.alternatives
         return self.out(h).unflatten(0, (B, T))
 
     def context(self, text: Tensor, image: Tensor) -> Context:
@@ -344,9 +344,9 @@ class UNet(nn.Module):
         if cache is not None:
             if not self.config.causal:
                 raise ValueError("a network that looks ahead cannot remember: a cache needs causal=True")
-            if not cache.appending and not cache.frames:
+            if not cache.frames and T == cache.alternatives:
                 raise ValueError("the cache is empty: append a frame before reading it")
-            room = cache.capacity - cache.frames + (not cache.appending)
+            room = cache.capacity - cache.frames + (cache.alternatives > 0)
             if T > room:
                 raise ValueError(f"{T} frames do not fit into the cache, which has room for {room}")
 

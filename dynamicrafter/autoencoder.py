@@ -186,7 +186,7 @@ def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: 
 
     Returns it with latents of unit standard deviation.
     """
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     bar = tqdm(batches, desc="autoencoder", unit="step", total=steps)
     for pixels in bar:
@@ -195,13 +195,13 @@ def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: 
         error = F.mse_loss(autoencoder.decoder(autoencoder.post_quant_conv(z)), pixels)
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()  # from a standard Gaussian
         optimizer.zero_grad()
-        (error + 1e-4 * divergence).backward()
+        (error + 1e-5 * divergence).backward()
         nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
         optimizer.step()
         decay.step()
         bar.set_postfix_str(f"{10 * math.log10(4 / error.item()):.1f} dB")
     with torch.no_grad():  # bring the latents to unit standard deviation, in the two layers around them
-        scale, channels = 1 / mean.std(), autoencoder.config.latent_channels
+        scale, channels = 1 / mean.float().std(), autoencoder.config.latent_channels
         autoencoder.quant_conv.weight[:channels] *= scale
         autoencoder.quant_conv.bias[:channels] *= scale
         autoencoder.quant_conv.bias[channels:] += 2 * scale.log()

@@ -43,8 +43,8 @@ PRESETS = {
     "512": ModelConfig(),
     "1024": ModelConfig(unet=UNetConfig(default_fps=10), size=(576, 1024), base_scale=0.3),
     "tiny": ModelConfig(
-        unet=UNetConfig(model_channels=32, channel_mult=(1, 2, 4), num_res_blocks=1, head_channels=32, context_dim=64,
-                        dropout=0.0),
+        unet=UNetConfig(model_channels=64, channel_mult=(1, 1, 2), num_res_blocks=1, attention_resolutions=(2,), head_channels=16,
+                        context_dim=64, dropout=0.0),
         autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, latent_scale=1.0),
         image_tower=ImageTowerConfig(image_size=64, patch_size=16, width=64, layers=2, heads=2, output_dim=64),
         text_tower=None,
@@ -100,9 +100,10 @@ class Model(nn.Module):
     def context(self, tokens: Tensor, frames: int, first: int = 0, alternatives: int = 1) -> Context:
         """What frames `first` .. `frames` - 1 of a clip ask of the caption and the anchor image, whose tokens these are.
 
-        alternatives  how many versions of each of these frames there will be side by side
+        alternatives  how many versions of the last frame there will be side by side
         """
-        image = self.image_context(tokens, frames)[:, first:].repeat_interleave(alternatives, dim=1)
+        image = self.image_context(tokens, frames)[:, first:]
+        image = torch.cat([image] + [image[:, -1:]] * (alternatives - 1), dim=1)
         return self.unet.context(self.text.expand(len(tokens), -1, -1), image)
 
     def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, context: Context, actions: Tensor | None = None,
@@ -126,7 +127,7 @@ def keep_freed_memory() -> None:
 
 def to_pixels(frames: Tensor) -> Tensor:
     """uint8 [B, T, H, W, 3] -> float [B, T, 3, H, W] in [-1, 1]."""
-    return frames.permute(0, 1, 4, 2, 3).float() / 127.5 - 1
+    return frames.permute(0, 1, 4, 2, 3).contiguous().float() / 127.5 - 1
 
 
 def to_frames(pixels: Tensor) -> np.ndarray:

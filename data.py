@@ -47,6 +47,8 @@ class DataSet:
         return sum(width for _, width in self.actions)
 
 
+SAMPLES = Path(__file__).parent / "samples"  # the bundled episodes
+
 DATA_SETS = {
     "rt1": DataSet(
         shards="fractal20220817_data", image="steps/observation/image", fps=3, aspect=(256, 320),
@@ -93,6 +95,10 @@ class Episode:
             return np.stack([decode(image) for image in images[start:stop]]), actions[start:stop]
         except DataError as error:
             raise DataError(f"episode {self.name} is damaged: {error}") from None
+
+    def feature(self, name: str) -> np.ndarray:
+        """Another feature of numbers that the episode's Example carries, [T, ...]. Raises DataError if it is not there."""
+        return feature_numbers(parse_example(read_record(self.path, self.offset, self.size)), name).reshape(self.length, -1)
 
     def load(self) -> tuple[Sequence, np.ndarray]:
         """All frames as they are stored, and all actions."""
@@ -151,7 +157,7 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     """Open a data set; what is read is its index, not its frames.
 
     name        an entry of DATA_SETS
-    root        the data set's folder, its version folder, or a folder above; None means `datasets/`
+    root        the data set's folder, its version folder, or a folder above; None: see `default_root`
     split       "train", "val" or "all": shards named -val or -test are held out, or, where there are
                 none, the episodes whose names have the smallest hashes
     min_length  leave out episodes with fewer frames, and count them in `.short`
@@ -160,7 +166,8 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     """
     if name not in DATA_SETS:
         raise DataError(f"there is no data set {name!r}; known are {', '.join(DATA_SETS)}")
-    dataset, root = DATA_SETS[name], Path(root or "datasets")
+    dataset = DATA_SETS[name]
+    root = Path(root or default_root(name))
     paths = find_shards(dataset, root)
     records = load_index(dataset, root, paths)
 
@@ -174,6 +181,14 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
                         f"{episodes.short} shorter than {min_length} frames" + (
                             f"; the longest has {longest}, so ask for clips of at most that" if longest > 0 else ""))
     return episodes
+
+
+def default_root(name: str) -> Path:
+    """`datasets/` if it holds shards of this data set, or else the bundled samples if they do."""
+    for root in (Path("datasets"), SAMPLES):
+        if any(root.rglob(f"{DATA_SETS[name].shards}*")):
+            return root
+    raise DataError(f"there is no {name} in datasets/, and no sample of it is bundled: name its folder with --root")
 
 
 def find_shards(dataset: DataSet, root: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """The world model: reset(frames), then step(action) -> the next frame. And the command that rolls it out.
 
-    python sample.py --checkpoint runs/bridge --guidance 2.0
+    python sample.py --guidance 2.0                             (the bundled world)
+    python sample.py --checkpoint runs/rt1 --guidance 2.0
 
 A world model holds a window of frames and imagines one more at a time:
 
@@ -37,9 +38,10 @@ from tqdm import tqdm
 
 from action_guidance import guide
 from causal_conv import Cache
-from data import DATA_SETS, DataError, fit_frames, open_episodes
+from data import DATA_SETS, SAMPLES, DataError, default_root, fit_frames, open_episodes
 from diffusion_forcing import LEVELS
-from dynamicrafter.model import Model, from_vid2world, keep_freed_memory, load_model, to_frames, to_pixels
+from dynamicrafter.model import TINY_WORLD, Model, from_vid2world, keep_freed_memory, load_model, named, to_frames, \
+    to_pixels
 from evaluation.pictures import save_gif, save_strip
 from unet import CheckpointError, read_checkpoint
 
@@ -300,7 +302,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Roll a world model out on an episode's actions, or on others.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", default="runs/default", help="run folder of train.py, or a released Vid2World checkpoint")
+    add("--checkpoint", default=str(TINY_WORLD),
+        help="run folder of train.py, or a released Vid2World checkpoint; if left out, the bundled world")
     add("--data", choices=DATA_SETS, help="data set; if left out, the one the checkpoint was trained on")
     add("--root", help="its folder; if left out, the one the checkpoint was trained on")
     add("--split", default="val", choices=["train", "val", "all"])
@@ -355,7 +358,8 @@ def run(args: argparse.Namespace) -> None:
     name = args.data or trained_on.get("name")
     if not name:
         raise DataError("this checkpoint does not say what it was trained on: name the data set (--data, --root)")
-    episodes = open_episodes(name, args.root or trained_on.get("root"), args.split)
+    root = args.root or trained_on.get("root") or default_root(name)
+    episodes = open_episodes(name, root, args.split)
     if not 0 <= args.episode < len(episodes):
         raise DataError(f"there is no episode {args.episode}; the split {args.split!r} has 0 to {len(episodes) - 1}")
     episode = episodes[args.episode]
@@ -364,6 +368,7 @@ def run(args: argparse.Namespace) -> None:
     if not 1 <= context <= min(episode.length, len(actions)):
         raise DataError(f"context is {context}; it must be between 1 and {min(episode.length, len(actions))}, the frames "
                         "there are less one to imagine")
+    print(f"world: {named(args.checkpoint, TINY_WORLD)}, data: {name} from {named(root, SAMPLES)}")
     print(f"episode {episode.name}, {len(actions) + 1} frames, actions: {origin}, guidance {args.guidance:g}, "
           f"{args.steps} steps")
 

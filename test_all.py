@@ -32,13 +32,15 @@ import sample
 import train
 from action_guidance import align_actions, drop_actions, guide
 from causal_conv import TRANSFER_METHODS, Cache, TemporalConv, TemporalNorm, transfer_weights
-from data import Clips, DataError, collate, fit_frames, open_episodes
+from data import SAMPLES, Clips, DataError, collate, fit_frames, open_episodes
 from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig, preprocess
-from dynamicrafter.model import PRESETS, Model, ModelConfig, from_dynamicrafter, from_vid2world, load_model
+from dynamicrafter.model import PRESETS, TINY_BASE, TINY_WORLD, Model, ModelConfig, from_dynamicrafter, from_vid2world, load_model
 from dynamicrafter.resampler import Resampler, ResamplerConfig
+from evaluation import evaluate, obedience, transfers
 from sample import RequestError, WorldModel
+from tools.bundle_checkpoint import bundle_base, bundle_world
 from tools.tfrecord import crc32c, encode_example, encode_field, feature_numbers, parse_example, write_records
 from unet import CheckpointError, UNet, UNetConfig, load_dynamicrafter, load_vid2world, read_checkpoint, \
     sinusoidal_embedding
@@ -1054,7 +1056,7 @@ def test_a_released_checkpoint_gets_all_tokens_unless_the_clip_is_full():
 
 
 def train_words(root: Path, out: Path, steps: int = 4, batch: int = 2) -> list[object]:
-    return ["--data", "rt1", "--root", root, "--out", out, "--frames", 4, "--size", 32, 32, "--steps", steps, "--batch", batch,
+    return ["--data", "rt1", "--root", root, "--scratch", "--out", out, "--frames", 4, "--size", 32, 32, "--steps", steps, "--batch", batch,
             "--autoencoder-steps", 2, "--val-clips", 2, "--sample-steps", 1, "--save-every", 2, "--val-every", 4, "--workers", 0]
 
 
@@ -1168,6 +1170,77 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch():
     assert np.allclose(losses(one), losses(two), rtol=1e-5)
     ours, theirs = load_model(one).state_dict(), load_model(two).state_dict()
     assert error_of(torch.cat([w.flatten() for w in theirs.values()]), torch.cat([w.flatten() for w in ours.values()])) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The bundled world
+
+
+def test_the_bundled_world_foretells_what_actions_do():
+    episodes = open_episodes("rt1", SAMPLES, "val").where(np.arange(6))
+    world = sample.load_world(TINY_WORLD, guidance=1.0, steps=6)
+    (frames, actions), = evaluate.read_batches(episodes, 16, 6, world.model.config.size)
+    table = evaluate.scores(world, episodes, frames=16, context=1, batch=6)
+    misled = evaluate.imagine(world, frames, np.roll(actions, 1, axis=0)[:, :-1])
+    others = np.mean([sample.psnr(clip, right)[1:] for clip, right in zip(misled, frames)])
+    assert table["imagined"].shape == (6, 15)
+    assert table["imagined"].mean() > table["repeating"].mean() + 2 and table["imagined"].mean() > others + 2
+
+
+def test_the_bundled_files_are_small_and_halved():
+    for path in (TINY_BASE, TINY_WORLD):
+        content = read_checkpoint(path)
+        weights = content.get("state_dict") or content["weights"]
+        assert path.stat().st_size < 16e6 and all(tensor.dtype == torch.float16 for tensor in weights.values())
+    assert sum(path.stat().st_size for path in (HERE / "samples").iterdir()) < 10e6
+    assert sum(p.numel() for p in from_dynamicrafter(TINY_BASE, PRESETS["tiny"]).unet.parameters()) < 8e6
+
+
+def test_without_data_or_checkpoint_the_commands_take_the_bundled_ones_and_say_so():
+    def run(*words: object) -> str:
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=folder(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    said = run(HERE / "train.py", "--data", "rt1", "--steps", 2, "--batch", 1, "--frames", 4, "--val-clips", 1, "--sample-steps", 1)
+    assert "rt1 from samples (bundled)" in said and "base: tiny_base.pt (bundled)" in said and "python sample.py --checkpoint" in said
+    said = run(HERE / "sample.py", "--guidance", 2.0, "--steps", 2, "--frames", 3)
+    assert "tiny_world.pt (bundled)" in said and "samples (bundled)" in said and said.count("PSNR") == 2
+
+
+def test_runs_are_bundled_as_a_base_and_as_a_world():
+    root, runs, out = make_rt1([8] * 6), folder(), folder()
+    words = ["--warmup", 0, "--lr", 1e-3]
+    assert run_command(train.main, *train_words(root, runs / "base", steps=1), *words, "--passive")[0] == 0
+    bundle_base(runs / "base", out / "tiny_base.pt")
+    words = [word for word in train_words(root, runs / "world", steps=2) if word != "--scratch"] + words
+    assert run_command(train.main, *words, "--base", out / "tiny_base.pt")[0] == 0
+    bundle_world(runs / "world", out / "tiny_world.pt")
+    frames, actions = make_episode(4, seed=1)
+    ours, theirs = (sample.load_world(path, steps=2) for path in (out / "tiny_world.pt", runs / "world"))
+    for world in (ours, theirs):
+        sample.rollout(world, frames, actions[:-1])
+    assert error_of(ours.latents, theirs.latents) < 1e-2
+    bundle_base(runs / "world", out / "tiny_base.pt")  # another base
+    with raises(CheckpointError, "is not the base of"):
+        bundle_world(runs / "world", out / "tiny_world.pt")
+
+
+def test_the_gripper_is_read_off_frames_and_its_directions_off_episodes():
+    episodes = open_episodes("rt1", SAMPLES, "train").where(np.arange(16))
+    reader = obedience.train_reader(episodes, steps=120)
+    held_out = open_episodes("rt1", SAMPLES, "val").where(np.arange(4))
+    frames, places = obedience.recorded(held_out)
+    with torch.no_grad():
+        assert (reader(frames) - places).norm(dim=1).mean() < 4  # and about 20 for the mean place
+    across, up = obedience.directions(episodes)
+    assert across[0] > 0 and across[1] > 0 and up[2] < 0  # x and y go to the right of the picture, z goes up
+
+
+def test_measurements_refuse_what_they_cannot_measure():
+    refused(evaluate.main, "--episodes", 99, saying="only 32 are held out")
+    refused(evaluate.main, "--checkpoint", "none.pt", saying="no checkpoint at")
+    refused(obedience.main, "--data", "bridge", saying="no bridge in datasets")
+    refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """Post-training: from a passive video model to a world model.
 
+    python train.py --data rt1                                  (the bundled episodes and base, on a laptop)
     python train.py --data rt1 --root /data/fractal20220817_data --base dynamicrafter_512.ckpt
-    python train.py --data bridge --root /data/bridge_dataset --preset tiny          (from scratch, on a laptop)
-    torchrun --nproc_per_node=4 train.py --data rt1 …                                (many GPUs, many machines)
+    torchrun --nproc_per_node=4 train.py --data rt1 …           (many GPUs, many machines)
 
 One step, which is `PostTraining.forward` below: encode a batch of clips; give every frame a noise level of its
 own; hide some of the actions; predict the velocity; compare. The U-Net and the resampler learn, what else
-was pretrained stays frozen. From scratch (`--preset tiny`) nothing is pretrained, so the image tower learns
+was pretrained stays frozen. From scratch (`--scratch`) nothing is pretrained, so the image tower learns
 along and an autoencoder is trained on the frames first.
 
 Nothing random here depends on what happened before. Clip number i, its noise and its levels are functions of
@@ -35,16 +35,21 @@ from tqdm import tqdm
 
 from action_guidance import align_actions, drop_actions
 from causal_conv import TRANSFER_METHODS
-from data import DATA_SETS, Clips, DataError, DataSet, Episodes, collate, fit_frames, open_episodes
+from data import DATA_SETS, SAMPLES, Clips, DataError, DataSet, Episodes, collate, default_root, fit_frames, open_episodes
 from diffusion_forcing import LEVELS, diffusion_forcing_loss
 from dynamicrafter.autoencoder import fit_autoencoder
-from dynamicrafter.model import PRESETS, Model, from_dynamicrafter, frozen_weights, keep_freed_memory, load_model, save, \
-    to_pixels, trained_weights
+from dynamicrafter.model import PRESETS, TINY_BASE, Model, from_dynamicrafter, frozen_weights, keep_freed_memory, load_model, \
+    named, preset_of, save, to_pixels, trained_weights
 from evaluation.pictures import save_strip
 from sample import RequestError, WorldModel, psnr, rollout
 from tools.processes import across_processes, ignore_interrupt, join_processes, stop_on_signals
 from tools.run_folder import Log, check_folder
 from unet import CheckpointError, read_checkpoint
+
+
+# The defaults of the command are the paper's. A small model on a laptop takes larger and fewer steps.
+LAPTOP = {"batch": 4, "lr": 1e-3, "steps": 500, "warmup": 50, "cooldown": 250, "save_every": 100, "val_every": 100, "val_clips": 8,
+          "sample_every": 100, "sample_steps": 10}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ def entropy(*numbers: int) -> int:
 
 
 def build_model(args: argparse.Namespace, dataset: DataSet) -> Model:
-    """From DynamiCrafter (`--base`), or random. What learns requires grad."""
+    """From a passive model (`--base`), or random. What learns requires grad."""
     config = PRESETS[args.preset]
     unet = replace(config.unet, causal=True, norm_scope=args.norm_scope, action_dim=dataset.action_dim)
     if args.passive:
@@ -127,9 +132,7 @@ def pretrain_autoencoder(model: Model, episodes: Episodes, args: argparse.Namesp
             yield to_pixels(intact(batch)["frames"].to(model.device))[:, 0]
 
     model.autoencoder.requires_grad_(True)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-        fit_autoencoder(model.autoencoder, batches(), args.autoencoder_steps)
-    model.autoencoder.requires_grad_(False)
+    fit_autoencoder(model.autoencoder, batches(), args.autoencoder_steps, args.bf16).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -144,11 +147,13 @@ def train(args: argparse.Namespace) -> int:
     dataset, out = DATA_SETS[args.data], Path(args.out)
     if rank == 0:
         check_folder(args)
-    episodes = open_episodes(args.data, args.root, "train", min_length=args.frames)
-    held_out = open_episodes(args.data, args.root, "val", min_length=args.frames)
+    root = args.root or default_root(args.data)
+    episodes = open_episodes(args.data, root, "train", min_length=args.frames)
+    held_out = open_episodes(args.data, root, "val", min_length=args.frames)
     clips = Clips(episodes, args.frames, tuple(args.size), args.seed)
-    say(f"{args.data}: {len(episodes)} episodes to train on, {len(held_out)} held out; left out: "
-        f"{episodes.short + held_out.short} shorter than {args.frames} frames, {episodes.damaged + held_out.damaged} damaged")
+    say(f"data: {args.data} from {named(root, SAMPLES)}: {len(episodes)} episodes to train on, {len(held_out)} held out; left "
+        f"out: {episodes.short + held_out.short} shorter than {args.frames} frames, {episodes.damaged + held_out.damaged} damaged")
+    say(f"base: {named(args.base, TINY_BASE) if args.base else 'none, from scratch'}")
 
     # Start, or take up the run where it was left.
     if args.resume and (out / "checkpoint.pt").exists():
@@ -189,11 +194,13 @@ def train(args: argparse.Namespace) -> int:
     def checkpoint(step: int) -> None:
         save(out / "checkpoint.pt", {
             "config": asdict(model.config), "weights": trained_weights(model), "frozen": "frozen.pt",
-            "data": {"name": args.data, "root": args.root}, "optimizer": optimizer.state_dict(), "step": step})
+            "data": {"name": args.data, "root": args.root and str(Path(args.root).resolve())}, "optimizer": optimizer.state_dict(), "step": step})
 
     if rank == 0 and not saved:
         save(out / "frozen.pt", {"weights": frozen_weights(model)})
         checkpoint(0)
+        if not args.passive:
+            draw_strip(model, held_out, args, step=0)
     log = Log(out, start) if rank == 0 else None
     damaged: set[str] = set()
     stop = stop_on_signals()
@@ -305,9 +312,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data", choices=DATA_SETS, default="rt1")
-    add("--root", default="datasets", help="the data set's folder, or one above it")
-    add("--base", help="DynamiCrafter's checkpoint (512 or 1024) to start from; without it the start is random")
-    add("--preset", choices=PRESETS, help="size of the model; if left out, 512 with --base and tiny without")
+    add("--root", help="the data set's folder, or one above it; if left out, datasets/ or else the bundled episodes")
+    add("--base", help="passive model to start from: DynamiCrafter's checkpoint (512 or 1024); if left out, the bundled small one")
+    add("--scratch", action="store_true", help="start from random weights instead")
+    add("--preset", choices=PRESETS, help="size of the model; if left out, the base's")
     add("--transfer", choices=TRANSFER_METHODS, default="mixed", help="how temporal kernels become causal")
     add("--norm-scope", choices=["frame", "past", "clip"], default="frame",
         help="frames that temporal norms see; clip is the paper's, and leaks the future")
@@ -319,7 +327,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=100_000)
     add("--batch", type=int, default=8, help="clips per process and forward pass")
     add("--accumulate", type=int, default=1, help="forward passes per step")
-    add("--lr", type=float, help="if left out, 1e-5 with --base and 1e-3 without")
+    add("--lr", type=float, default=1e-5)
     add("--warmup", type=int, default=100, help="steps over which the learning rate rises")
     add("--cooldown", type=int, default=0, help="steps at the end over which it falls to zero")
     add("--clip-grad", type=float, default=0.5)
@@ -340,10 +348,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
 
     args = parser.parse_args(argv)
-    if args.resume and (Path(args.out) / "arguments.json").exists():
-        parser.set_defaults(**json.loads((Path(args.out) / "arguments.json").read_text()))
-        args = parser.parse_args(argv)
-    args.preset = args.preset or ("512" if args.base else "tiny")
+    saved = Path(args.out) / "arguments.json"
+    if args.resume and saved.exists():
+        parser.set_defaults(**json.loads(saved.read_text()))
+    else:
+        if not args.base and not args.scratch and not args.passive and args.preset in (None, "tiny"):
+            parser.set_defaults(base=str(TINY_BASE))
+            args.base = TINY_BASE
+        preset = args.preset or (preset_of(args.base) if args.base else "tiny")
+        parser.set_defaults(preset=preset, **LAPTOP if preset == "tiny" else {})
+    args = parser.parse_args(argv)
     args.shared_level = args.shared_level or args.passive
     if not args.base and args.preset != "tiny":
         parser.error(f"--preset {args.preset} starts from DynamiCrafter's checkpoint: name it with --base")
@@ -351,7 +365,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         height, width = DATA_SETS[args.data].aspect
         args.size = [64, 64 * width // height] if args.preset == "tiny" else list(PRESETS[args.preset].size)
     args.bf16 = torch.cuda.is_available() if args.bf16 is None else args.bf16
-    args.lr = args.lr or (1e-5 if args.base else 1e-3)
     for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every", "val_clips",
                  "sample_every", "sample_steps"):
         if getattr(args, name) < 1:

@@ -179,29 +179,33 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(z)).unflatten(0, latents.shape[:2])
 
 
-def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: int) -> Autoencoder:
+def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: int, bf16: bool = False) -> Autoencoder:
     """Train an autoencoder to repeat frames, for worlds too small for Stable Diffusion's.
 
     batches  of pixels [N, 3, H, W] in [-1, 1]; `steps` of them
+    bf16     compute in bfloat16
 
     Returns it with latents of unit standard deviation.
     """
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=1e-3, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    channels = autoencoder.config.latent_channels
+    nn.init.constant_(autoencoder.quant_conv.bias.data[channels:], -6)  # little noise at first, or the decoder learns to ignore the latents
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=min(0.5, 50 / steps), cycle_momentum=False)
     bar = tqdm(batches, desc="autoencoder", unit="step", total=steps)
     for pixels in bar:
-        mean, log_variance = autoencoder.moments(pixels).chunk(2, dim=1)
-        z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-        error = F.mse_loss(autoencoder.decoder(autoencoder.post_quant_conv(z)), pixels)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+            mean, log_variance = autoencoder.moments(pixels).float().chunk(2, dim=1)
+            z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+            error = F.mse_loss(autoencoder.decoder(autoencoder.post_quant_conv(z)), pixels)
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()  # from a standard Gaussian
         optimizer.zero_grad()
         (error + 1e-5 * divergence).backward()
         nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
         optimizer.step()
-        decay.step()
+        schedule.step()
         bar.set_postfix_str(f"{10 * math.log10(4 / error.item()):.1f} dB")
     with torch.no_grad():  # bring the latents to unit standard deviation, in the two layers around them
-        scale, channels = 1 / mean.float().std(), autoencoder.config.latent_channels
+        scale = 1 / mean.std()
         autoencoder.quant_conv.weight[:channels] *= scale
         autoencoder.quant_conv.bias[:channels] *= scale
         autoencoder.quant_conv.bias[channels:] += 2 * scale.log()

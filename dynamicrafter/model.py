@@ -23,7 +23,7 @@ from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTowerConfig, lo
     preprocess
 from dynamicrafter.resampler import Resampler, ResamplerConfig, load_resampler
 from unet import CheckpointError, Context, UNet, UNetConfig, load_dynamicrafter, load_vid2world, load_weights, read_checkpoint, \
-    read_lightning
+    read_lightning, select
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,24 @@ def assemble(path: str | Path, config: ModelConfig, unet: UNet) -> Model:
     return model
 
 
+PREFIXES = {"unet.": "model.diffusion_model.", "autoencoder.": "first_stage_model.",  # our names -> a checkpoint's
+            "image_tower.": "embedder.model.visual.", "resampler.": "image_proj_model."}
+
+
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # the bundled ones
+TINY_BASE, TINY_WORLD = CHECKPOINTS / "tiny_base.pt", CHECKPOINTS / "tiny_world.pt"
+
+
+def named(path: str | Path, bundled: Path) -> str:
+    """A path for people to read."""
+    return f"{bundled.name} (bundled)" if Path(path) == bundled else str(path)
+
+
+def preset_of(path: str | Path) -> str:
+    """Which of PRESETS a DynamiCrafter checkpoint is of: the small ones say so, the original is "512"."""
+    return read_checkpoint(path).get("preset", "512")
+
+
 def save(path: str | Path, content: dict) -> None:
     """Write a checkpoint so that the file at `path` is whole at every moment: beside it first, then renamed."""
     partial = Path(f"{path}.partial")
@@ -210,11 +228,15 @@ def load_model(path: str | Path) -> Model:
             "image_tower": ImageTowerConfig(**fields["image_tower"]),
             "text_tower": fields["text_tower"] and TextTowerConfig(**fields["text_tower"]),
             "resampler": ResamplerConfig(**fields["resampler"])})
-        weights = content["weights"] | read_checkpoint(path.parent / content["frozen"])["weights"]
+        frozen = read_checkpoint(path.parent / content["frozen"])
+        if "state_dict" in frozen:  # the parts that stayed as they were in the base
+            frozen["weights"] = {ours + name: tensor for ours, theirs in PREFIXES.items()
+                                 for name, tensor in select(frozen["state_dict"], theirs).items()}
+        weights = frozen["weights"] | content["weights"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this project ({error})") from None
     with torch.device("meta"):
         model = Model(config)
     model.schedule = NoiseSchedule(config.base_scale)
-    model.text = weights.get("text", model.text)
+    model.text = weights.setdefault("text", torch.zeros(1, config.unet.context_dim))
     return load_weights(model, weights, source=str(path))

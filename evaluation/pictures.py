@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-INK, FAINT, COLOURS = (40, 40, 40), (220, 220, 220), [(31, 90, 180), (214, 90, 20), (40, 140, 60), (150, 60, 150)]
+INK, FAINT = (40, 40, 40), (220, 220, 220)
+COLOURS = [(31, 90, 180), (214, 90, 20), (40, 140, 60), (150, 60, 150), (120, 180, 240), (240, 180, 90), (140, 210, 140), (220, 150, 220)]
 
 
 def enlarge(frames: np.ndarray, height: int) -> np.ndarray:

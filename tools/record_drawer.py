@@ -1,9 +1,9 @@
 """Record a small world: a simulated Sawyer arm at a drawer (Meta-World, rendered by MuJoCo), in RT-1's format.
 
     pip install metaworld mujoco packaging            (and libosmesa6, Debian's name, to render without a screen)
-    python -m tools.record_drawer --world drawer --split train --episodes 1200 --out datasets/drawer
-    python -m tools.record_drawer --world drawer --split val --episodes 32 --out datasets/drawer
-    python -m tools.record_drawer --world others --split train --episodes 1200 --out datasets/others
+    python -m tools.record_drawer --world drawer --split train --episodes 1200 --out recorded/drawer
+    python -m tools.record_drawer --world drawer --split val --episodes 32 --out recorded/drawer
+    python -m tools.record_drawer --world others --split train --episodes 1200 --out recorded/others
 
 `drawer` is for the world model. `others` is for pretraining a passive video model: tasks without a drawer, and
 without actions (zeros are written in their place).
@@ -171,7 +171,7 @@ def encode(episode: dict[str, np.ndarray], with_actions: bool) -> bytes:
 
 def to_jpeg(frame: np.ndarray) -> bytes:
     file = BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=88, subsampling=0)
+    Image.fromarray(frame).save(file, "JPEG", quality=88, subsampling=0, optimize=True)
     return file.getvalue()
 
 

@@ -1,0 +1,52 @@
+"""From a run of train.py to a bundled checkpoint, in half precision.
+
+    python -m tools.bundle_checkpoint base runs/base checkpoints/tiny_base.pt
+    python -m tools.bundle_checkpoint world runs/world checkpoints/tiny_world.pt
+
+A base is laid out as DynamiCrafter's own checkpoint, so that `train.py --base` reads both alike. A world lies beside the
+base that it was trained from, which holds the parts that stayed as they were.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dynamicrafter.model import PREFIXES, load_model, save
+from unet import CheckpointError, read_checkpoint
+
+
+def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.half() for name, tensor in weights.items()}
+
+
+def bundle_base(run: Path, out: Path) -> None:
+    weights = half(load_model(run).state_dict())
+    save(out, {"preset": "tiny", "state_dict": {theirs + name.removeprefix(ours): tensor for name, tensor in weights.items()
+                                                for ours, theirs in PREFIXES.items() if name.startswith(ours)}})
+
+
+def bundle_world(run: Path, out: Path) -> None:
+    content = read_checkpoint(run / "checkpoint.pt")
+    save(out, {"config": content["config"], "weights": half(content["weights"]), "frozen": "tiny_base.pt",
+               "data": content["data"] | {"root": None}, "step": content["step"]})
+    ours, theirs = load_model(out).state_dict(), load_model(run).state_dict()
+    others = [name for name in ours if name not in content["weights"] and not torch.equal(ours[name], theirs[name])]
+    if others:
+        out.unlink()
+        raise CheckpointError(f"{out.with_name('tiny_base.pt')} is not the base of {run}: {others[0]} differs")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make a bundled checkpoint of a run.")
+    parser.add_argument("what", choices=["base", "world"])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        (bundle_base if args.what == "base" else bundle_world)(args.run, args.out)
+        print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+    except CheckpointError as error:
+        sys.exit(f"bundle_checkpoint: {error}")

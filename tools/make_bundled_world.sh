@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Everything that is bundled, from the simulator to both checkpoints. Seeds are fixed. Two CPU cores take about three hours.
+# Besides the four packages: pip install metaworld mujoco packaging, and Debian's libosmesa6 (or another renderer in MUJOCO_GL).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# 1. Episodes: other tasks without actions, the drawer with, and the few of the drawer that are bundled.
+python -m tools.record_drawer --world others --split train --episodes 1280 --out recorded/others
+python -m tools.record_drawer --world others --split val --episodes 32 --out recorded/others
+python -m tools.record_drawer --world drawer --split train --episodes 1280 --out recorded/drawer
+python -m tools.record_drawer --world drawer --split val --episodes 32 --out recorded/drawer
+python -m tools.record_drawer --world drawer --split train --episodes 64 --out samples
+python -m tools.record_drawer --world drawer --split val --episodes 32 --out samples
+
+# 2. The base: a passive video model of the other tasks.
+python train.py --data rt1 --root recorded/others --passive --out runs/base --autoencoder-steps 3000 --steps 1500 \
+    --cooldown 500 --warmup 100 --dropout 0 --bf16 --sample-every 100000
+python -m tools.bundle_checkpoint base runs/base checkpoints/tiny_base.pt
+
+# 3. The world: that base made causal, post-trained on the drawer with actions.
+python train.py --data rt1 --root recorded/drawer --out runs/world --steps 3000 --cooldown 1000 --dropout 0 --bf16
+python -m tools.bundle_checkpoint world runs/world checkpoints/tiny_world.pt

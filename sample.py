@@ -42,6 +42,7 @@ from data import DATA_SETS, SAMPLES, DataError, default_root, fit_frames, open_e
 from diffusion_forcing import LEVELS
 from dynamicrafter.model import TINY_WORLD, Model, from_vid2world, keep_freed_memory, load_model, named, to_frames, \
     to_pixels
+from evaluation.metrics import psnr
 from evaluation.pictures import save_gif, save_strip
 from unet import CheckpointError, read_checkpoint
 
@@ -279,12 +280,6 @@ def load_world(checkpoint: str | Path, device: str | torch.device | None = None,
 
 # ---------------------------------------------------------------------------------------------------------
 # The command
-
-
-def psnr(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of uint8 frames [T, H, W, 3], one number per frame."""
-    error = ((frames.astype(np.float64) - truth) ** 2).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
 def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context: int = 1) -> np.ndarray:

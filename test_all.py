@@ -38,7 +38,7 @@ from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig, preprocess
 from dynamicrafter.model import PRESETS, TINY_BASE, TINY_WORLD, Model, ModelConfig, from_dynamicrafter, from_vid2world, load_model
 from dynamicrafter.resampler import Resampler, ResamplerConfig
-from evaluation import evaluate, obedience, transfers
+from evaluation import evaluate, metrics, obedience, transfers
 from sample import RequestError, WorldModel
 from tools.bundle_checkpoint import bundle_base, bundle_world
 from tools.tfrecord import crc32c, encode_example, encode_field, feature_numbers, parse_example, write_records
@@ -1173,6 +1173,139 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch():
 
 
 # ---------------------------------------------------------------------------------------------------------
+# evaluation/
+
+
+def noisy_pictures() -> tuple[np.ndarray, np.ndarray]:
+    """A real frame and the same with noise, [2, H, W, 3] both, then two random ones."""
+    random = np.random.RandomState(0)
+    frame = open_episodes("rt1", SAMPLES, "val")[0].read(0, 1)[0]
+    noise = random.randint(-20, 21, frame.shape)
+    pairs = [(frame, np.clip(frame.astype(int) + noise, 0, 255).astype(np.uint8)), random.randint(0, 256, (2, *frame.shape)).astype(np.uint8)]
+    ours, theirs = (np.concatenate(side) for side in zip(*pairs))
+    return ours, theirs
+
+
+def test_psnr_and_ssim_are_scikit_images():
+    # structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1), 0.25.2
+    ours, theirs = noisy_pictures()
+    assert np.allclose(metrics.psnr(ours, theirs), PSNRS, atol=1e-4)
+    assert np.allclose(metrics.ssim(ours, theirs), SSIMS, atol=1e-4)
+    assert metrics.ssim(ours, ours).tolist() == [1, 1]
+    with raises(ValueError, "at least 11"):
+        metrics.ssim(ours[:, :10], theirs[:, :10])
+
+
+def statistics_of(features: Tensor, batch: int = 7) -> metrics.Statistics:
+    statistics = metrics.Statistics(features.shape[1])
+    for chunk in features.split(batch):
+        statistics.add(chunk)
+    return statistics
+
+
+def test_streamed_statistics_are_those_of_two_passes():
+    features = torch.randn(100, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 1000
+    statistics = statistics_of(features)
+    assert error_of(statistics.mean, features.mean(0)) < 1e-12
+    assert error_of(statistics.covariance, torch.cov(features.T)) < 1e-10
+
+
+def test_the_frechet_distance_is_the_formula_with_the_matrix_root():
+    generator = torch.Generator().manual_seed(0)
+    for count in (100, 5):  # 5 vectors of 8 numbers: singular covariances
+        a, b = (torch.randn(count, 8, generator=generator, dtype=torch.float64) @ torch.randn(8, 8, generator=generator, dtype=torch.float64)
+                + i for i in range(2))
+        eigenvalues = np.linalg.eigvals((torch.cov(a.T) @ torch.cov(b.T)).numpy()).astype(complex)  # of C1 C2, whose root's trace is wanted
+        formula = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() \
+            - 2 * np.sqrt(eigenvalues).real.sum()
+        ours = metrics.frechet_distance(statistics_of(a), statistics_of(b))
+        assert abs(ours - float(formula)) < 1e-6 * float(formula), (count, ours, float(formula))
+        assert abs(metrics.frechet_distance(statistics_of(a), statistics_of(a))) < 1e-3
+    with raises(ValueError, "at least two"):
+        metrics.frechet_distance(statistics_of(a[:1]), statistics_of(b))
+
+
+class Inception(nn.Module):
+    """Answers to the calls of the real one, with features of fewer numbers. In training mode it would add noise."""
+
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        assert images.dtype == torch.uint8 and return_features
+        pooled = nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+        return nn.functional.dropout(pooled, 0.5, self.training)
+
+
+class Vgg(nn.Module):
+    def forward(self, images: Tensor, resize_images: bool = True, return_lpips: bool = False) -> Tensor:
+        assert not resize_images and return_lpips
+        return images.flatten(1) / 1000
+
+
+class I3d(nn.Module):
+    def forward(self, videos: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        assert rescale and resize and return_features and videos.size(1) == 3
+        return videos.flatten(3).mean(3).flatten(1)
+
+
+class Flat(nn.Module):
+    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
+        return images.float().flatten()
+
+
+def small_networks() -> dict[str, Path]:
+    paths = {"--inception": Inception, "--lpips": Vgg, "--i3d": I3d, "flat": Flat}
+    out = folder()
+    for name, network in paths.items():
+        torch.jit.script(network().train()).save(str(out / f"{name.strip('-')}.pt"))
+    return {name: out / f"{name.strip('-')}.pt" for name in paths}
+
+
+def test_the_evaluation_command_measures_continues_and_shares():
+    out, networks = folder(), small_networks()
+    words = ["--episodes", 5, "--batch", 2, "--frames", 5, "--steps", 2]
+    words += [word for name in ("--inception", "--lpips", "--i3d") for word in (name, networks[name])]
+    code, printed = run_command(evaluate.main, *words, "--out", out / "whole")
+    assert code == 0, printed
+    whole = json.loads((out / "whole" / "result.json").read_text())
+    assert set(whole["result"]) == {"psnr", "ssim", "lpips", "fid", "fvd", "psnr of repeating"} and not whole["absent"]
+    assert whole["episodes"] == 5 and len(whole["by_frame"]["psnr"]) == 4 and (out / "whole" / "lpips.png").exists()
+
+    # Interrupted in its third batch, it goes on there.
+    right, calls = evaluate.score, []
+    def interrupted(*inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        right(*inputs)
+    evaluate.score = interrupted
+    try:
+        run_command(evaluate.main, *words, "--out", out / "halves")
+        assert False, "not interrupted"
+    except KeyboardInterrupt:
+        pass
+    finally:
+        evaluate.score = right
+    code, printed = run_command(evaluate.main, *words, "--out", out / "halves")
+    assert code == 0 and "going on after 2 batches" in printed
+    assert json.loads((out / "halves" / "result.json").read_text())["result"] == whole["result"]
+
+    # Two processes share the batches.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
+              f"--master_port={free_port()}", "-m", "evaluation.evaluate"]
+    done = subprocess.run([*map(str, launch), *map(str, words), "--out", out / "shared"], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = json.loads((out / "shared" / "result.json").read_text())["result"]
+    assert all(abs(shared[name] - value) < 1e-3 * abs(value) for name, value in whole["result"].items()), (shared, whole["result"])
+
+    code, printed = run_command(evaluate.main, "--episodes", 1, "--frames", 3, "--steps", 1, "--nar", "--out", out / "nar")
+    assert code == 0 and printed.count("absent") == 3 and "no --inception network" in printed
+    for bad, saying in ((["--inception", "none.pt"], "no network for Inception at none.pt"), (["--i3d", HERE / "README.md"], "no TorchScript"),
+                        (["--inception", networks["flat"]], r"expected .*features. of Inception"),
+                        (["--lpips", networks["--i3d"]], "cannot be asked as LPIPS")):
+        refused(evaluate.main, *words[:8], "--out", out / "bad", *bad, saying=saying)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The bundled world
 
 
@@ -1180,11 +1313,10 @@ def test_the_bundled_world_foretells_what_actions_do():
     episodes = open_episodes("rt1", SAMPLES, "val").where(np.arange(6))
     world = sample.load_world(TINY_WORLD, guidance=1.0, steps=6)
     (frames, actions), = evaluate.read_batches(episodes, 16, 6, world.model.config.size)
-    table = evaluate.scores(world, episodes, frames=16, context=1, batch=6)
-    misled = evaluate.imagine(world, frames, np.roll(actions, 1, axis=0)[:, :-1])
-    others = np.mean([sample.psnr(clip, right)[1:] for clip, right in zip(misled, frames)])
-    assert table["imagined"].shape == (6, 15)
-    assert table["imagined"].mean() > table["repeating"].mean() + 2 and table["imagined"].mean() > others + 2
+    tally = evaluate.evaluate(world, episodes, frames=16, context=1, batch=6)
+    right, repeating = (tally.sums[name].mean() / 6 for name in ("psnr", "psnr of repeating"))
+    misled = metrics.psnr(evaluate.imagine(world, frames, np.roll(actions, 1, axis=0)[:, :-1]), frames)[:, 1:].mean()
+    assert tally.sums["psnr"].shape == (15,) and right > repeating + 2 and right > misled + 2, (right, repeating, misled)
 
 
 def test_the_bundled_files_are_small_and_halved():
@@ -1237,7 +1369,7 @@ def test_the_gripper_is_read_off_frames_and_its_directions_off_episodes():
 
 
 def test_measurements_refuse_what_they_cannot_measure():
-    refused(evaluate.main, "--episodes", 99, saying="only 32 are held out")
+    refused(evaluate.main, "--episodes", 99, saying="32 of at least 16 frames are held out")
     refused(evaluate.main, "--checkpoint", "none.pt", saying="no checkpoint at")
     refused(obedience.main, "--data", "bridge", saying="no bridge in datasets")
     refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")

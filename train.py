@@ -40,8 +40,9 @@ from diffusion_forcing import LEVELS, diffusion_forcing_loss
 from dynamicrafter.autoencoder import fit_autoencoder
 from dynamicrafter.model import PRESETS, TINY_BASE, Model, from_dynamicrafter, frozen_weights, keep_freed_memory, load_model, \
     named, preset_of, save, to_pixels, trained_weights
+from evaluation.metrics import psnr
 from evaluation.pictures import save_strip
-from sample import RequestError, WorldModel, psnr, rollout
+from sample import RequestError, WorldModel, rollout
 from tools.processes import across_processes, ignore_interrupt, join_processes, stop_on_signals
 from tools.run_folder import Log, check_folder
 from unet import CheckpointError, read_checkpoint

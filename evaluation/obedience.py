@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data import DataError, Episodes, default_root, open_episodes
 from dynamicrafter.model import to_pixels
-from evaluation.evaluate import add_world_options, imagine, open_held_out, read_batches
+from evaluation.evaluate import add_world_options, check_actions, imagine, open_held_out, read_batches
 from evaluation.pictures import save_strip
 from sample import RequestError, WorldModel, load_world
 from unet import CheckpointError
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_world_options(parser, steps=20)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0])
-    parser.add_argument("--frames", type=int, default=16, help="of a rollout, the given one included")
+    parser.add_argument("--out", default="evaluations/obedience", help="folder for the pictures")
     args = parser.parse_args(argv)
     try:
         episodes = open_held_out(args, args.frames)
@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
               f"| {' | '.join(SWEEPS)} |\n|{' --- |' * (5 + len(SWEEPS))}")
         for guidance in args.guidance:
             world = load_world(args.checkpoint, guidance=guidance, steps=args.steps, eta=args.eta, seed=args.seed)
+            check_actions(world, args.data)
             own, other = (rows[:, last].mean() for rows in follow(world, reader, episodes, args.frames, args.batch).values())
             swept = sweep(world, starts, training.dataset.action_dim, args.batch)
             right = []

@@ -17,7 +17,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -32,6 +32,15 @@ from tools.tfrecord import DataError, feature_bytes, feature_list, feature_numbe
 
 
 @dataclass(frozen=True)
+class Key:
+    """What a key on the keyboard does to an action, when a person plays (play/server.py)."""
+    label: str
+    index: int  # of the number in the action
+    value: float
+    toggles: bool = False  # every new press changes the sign
+
+
+@dataclass(frozen=True)
 class DataSet:
     """Where a data set keeps its frames and actions, and what a model has to know about it."""
     shards: str  # how the names of its shards begin
@@ -41,6 +50,7 @@ class DataSet:
     aspect: tuple[int, int]  # height and width of its frames, up to a factor
     context: int = 1  # frames given at the start of a rollout
     held_out: int = 1024  # validation episodes (at most an eighth of all)
+    keys: dict[str, Key] = field(default_factory=dict)  # a browser's name of a key -> what it does
 
     @property
     def action_dim(self) -> int:
@@ -54,9 +64,14 @@ DATA_SETS = {
         shards="fractal20220817_data", image="steps/observation/image", fps=3, aspect=(256, 320),
         actions=(("steps/action/base_displacement_vector", 2), ("steps/action/base_displacement_vertical_rotation", 1),
                  ("steps/action/gripper_closedness_action", 1), ("steps/action/rotation_delta", 3),
-                 ("steps/action/terminate_episode", 3), ("steps/action/world_vector", 3))),
+                 ("steps/action/terminate_episode", 3), ("steps/action/world_vector", 3)),
+        keys={"ArrowRight": Key("+x", 10, 1), "ArrowLeft": Key("-x", 10, -1), "ArrowUp": Key("+y", 11, 1),
+              "ArrowDown": Key("-y", 11, -1), "w": Key("+z", 12, 1), "s": Key("-z", 12, -1), " ": Key("gripper", 3, 1, toggles=True)}),
     "bridge": DataSet(shards="bridge", image="steps/observation/image_0", fps=5, aspect=(256, 256),
-                      actions=(("steps/action", 7),)),
+                      actions=(("steps/action", 7),),
+                      keys={"ArrowUp": Key("+x", 0, 0.03), "ArrowDown": Key("-x", 0, -0.03), "ArrowLeft": Key("+y", 1, 0.03),
+                            "ArrowRight": Key("-y", 1, -0.03), "w": Key("+z", 2, 0.03), "s": Key("-z", 2, -0.03),
+                            " ": Key("gripper", 6, 1, toggles=True)}),
 }
 
 
@@ -373,3 +388,17 @@ def collate(clips: list[dict]) -> dict:
     return {"frames": torch.from_numpy(np.stack([clip["frames"] for clip in clips])),
             "actions": torch.from_numpy(np.stack([clip["actions"] for clip in clips])),
             "index": [clip["index"] for clip in clips], "damaged": damaged}
+
+
+def random_frames(episodes: Episodes, size: tuple[int, int], seed: int, batches: int, workers: int = 0) -> Iterator[torch.Tensor]:
+    """Batches of single frames from everywhere, uint8 [16, H, W, 3]. Raises DataError if nothing can be read."""
+    order = [list(range(16 * i, 16 * i + 16)) for i in range(batches)]
+    for batch in torch.utils.data.DataLoader(Clips(episodes, 1, size, seed), batch_sampler=order, collate_fn=collate,
+                                             num_workers=workers):
+        yield intact(batch)["frames"][:, 0]
+
+
+def intact(batch: dict) -> dict:
+    if "error" in batch:
+        raise DataError(f"no clip can be read: {batch['error']}")
+    return batch

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from action_guidance import guide
 from causal_conv import Cache
-from data import DATA_SETS, SAMPLES, DataError, default_root, fit_frames, open_episodes
+from data import DATA_SETS, SAMPLES, DataError, Episodes, default_root, fit_frames, open_episodes
 from diffusion_forcing import LEVELS
 from dynamicrafter.model import TINY_WORLD, Model, from_vid2world, keep_freed_memory, load_model, named, to_frames, \
     to_pixels
@@ -155,6 +155,10 @@ class WorldModel:
         self.actions[:, 0], self.action_mask[:, 0] = 0, 1
         self.anchor = self.latents[:, -length, None]  # [B, 1, C, h, w], clean
         self.tokens = self.model.image_tokens(self.pixels[:, 0])
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the memory of the history: the next step makes it anew. For those who set a world back to what it was."""
         self.cache = Cache(self.num_frames)
 
     def velocity_with_history(self, actions: Tensor, action_mask: Tensor) -> Callable[[Tensor, int], Tensor]:
@@ -311,8 +315,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="repeat one action: the numbers given, or without numbers the episode's first")
     add("--guidance", type=float, default=2.0, help="1 follows the action as trained, more exaggerates it")
     add("--rescale", type=float, default=0.7, help="pull back the contrast that guidance adds, 0 to 1")
-    add("--steps", type=int, default=50, help="denoising steps per frame")
-    add("--eta", type=float, default=1.0, help="fresh noise per step: 0 none, 1 as the paper")
+    add("--steps", type=int, help="denoising steps per frame; if left out, 50, or 4 with --play")
+    add("--eta", type=float, help="fresh noise per step: 0 none, 1 as the paper; if left out, 1, or 0 with --play")
     add("--overlap", type=int, default=8, help="frames that stay when the window of 16 is full")
     add("--seed", type=int, default=0)
     add("--streaming", action=argparse.BooleanOptionalAction, default=None,
@@ -321,7 +325,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--nar", action="store_true", help="sample all frames together (the paper's Vid2World-NAR)")
     add("--device", help="cpu, cuda, …; if left out, CUDA where there is one")
     add("--out", default="rollouts", help="folder for the pictures")
-    return parser.parse_args(argv)
+    add("--play", action="store_true", help="drive the world from the keyboard, in a browser")
+    add("--host", default="127.0.0.1", help="with --play: the address to listen at")
+    add("--port", type=int, default=8000, help="with --play")
+    args = parser.parse_args(argv)
+    args.steps = args.steps if args.steps is not None else 4 if args.play else 50
+    args.eta = args.eta if args.eta is not None else 0.0 if args.play else 1.0
+    return args
 
 
 def choose_actions(args: argparse.Namespace, recorded: np.ndarray, action_dim: int) -> tuple[np.ndarray, str]:
@@ -344,17 +354,25 @@ def choose_actions(args: argparse.Namespace, recorded: np.ndarray, action_dim: i
     return actions[: args.frames - 1], origin
 
 
-def run(args: argparse.Namespace) -> None:
-    options = {name: getattr(args, name) for name in ("guidance", "steps", "seed", "eta", "overlap", "rescale",
-                                                      "streaming", "compile")}
-    world = load_world(args.checkpoint, args.device, **options)
+def open_data(args: argparse.Namespace) -> tuple[str, Episodes]:
+    """The name and the episodes of the data set that was asked for, or else of the one that the checkpoint was trained on."""
     path = Path(args.checkpoint)
     trained_on = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path).get("data", {})
     name = args.data or trained_on.get("name")
     if not name:
         raise DataError("this checkpoint does not say what it was trained on: name the data set (--data, --root)")
     root = args.root or trained_on.get("root") or default_root(name)
-    episodes = open_episodes(name, root, args.split)
+    print(f"world: {named(args.checkpoint, TINY_WORLD)}, data: {name} from {named(root, SAMPLES)}")
+    return name, open_episodes(name, root, args.split)
+
+
+def run(args: argparse.Namespace) -> None:
+    options = {name: getattr(args, name) for name in ("guidance", "steps", "seed", "eta", "overlap", "rescale", "streaming")}
+    world = load_world(args.checkpoint, args.device, args.compile, **options)
+    name, episodes = open_data(args)
+    if args.play:
+        from play.server import play
+        return play(lambda: WorldModel(world.model, **options), DATA_SETS[name], episodes, args.host, args.port)
     if not 0 <= args.episode < len(episodes):
         raise DataError(f"there is no episode {args.episode}; the split {args.split!r} has 0 to {len(episodes) - 1}")
     episode = episodes[args.episode]
@@ -363,7 +381,6 @@ def run(args: argparse.Namespace) -> None:
     if not 1 <= context <= min(episode.length, len(actions)):
         raise DataError(f"context is {context}; it must be between 1 and {min(episode.length, len(actions))}, the frames "
                         "there are less one to imagine")
-    print(f"world: {named(args.checkpoint, TINY_WORLD)}, data: {name} from {named(root, SAMPLES)}")
     print(f"episode {episode.name}, {len(actions) + 1} frames, actions: {origin}, guidance {args.guidance:g}, "
           f"{args.steps} steps")
 

@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from action_guidance import align_actions, drop_actions
 from causal_conv import TRANSFER_METHODS
-from data import DATA_SETS, SAMPLES, Clips, DataError, DataSet, Episodes, collate, default_root, fit_frames, open_episodes
+from data import DATA_SETS, SAMPLES, Clips, DataError, DataSet, Episodes, collate, default_root, fit_frames, intact, \
+    open_episodes, random_frames
 from diffusion_forcing import LEVELS, diffusion_forcing_loss
 from dynamicrafter.autoencoder import fit_autoencoder
 from dynamicrafter.model import PRESETS, TINY_BASE, Model, from_dynamicrafter, frozen_weights, keep_freed_memory, load_model, \
@@ -126,14 +127,10 @@ def build_model(args: argparse.Namespace, dataset: DataSet) -> Model:
 
 def pretrain_autoencoder(model: Model, episodes: Episodes, args: argparse.Namespace) -> None:
     """Give a random model an autoencoder of the frames it will see."""
-    def batches() -> Iterator[Tensor]:
-        frames = Clips(episodes, 1, tuple(args.size), args.seed)
-        order = [list(range(16 * i, 16 * i + 16)) for i in range(args.autoencoder_steps)]
-        for batch in DataLoader(frames, batch_sampler=order, collate_fn=collate, num_workers=args.workers):
-            yield to_pixels(intact(batch)["frames"].to(model.device))[:, 0]
-
+    frames = random_frames(episodes, tuple(args.size), args.seed, args.autoencoder_steps, args.workers)
+    batches = (to_pixels(batch[None].to(model.device))[0] for batch in frames)
     model.autoencoder.requires_grad_(True)
-    fit_autoencoder(model.autoencoder, batches(), args.autoencoder_steps, args.bf16).requires_grad_(False)
+    fit_autoencoder(model.autoencoder, batches, args.autoencoder_steps, args.bf16).requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -296,12 +293,6 @@ def draw_strip(model: Model, held_out: Episodes, args: argparse.Namespace, step:
     path = Path(args.out) / f"step_{step:07d}.png"
     save_strip(path, {f"truth: {episode.name}": truth, f"imagined after {step} steps": imagined})
     tqdm.write(f"step {step}: rollout at {psnr(imagined, truth)[1:].mean():.2f} dB, {path}")
-
-
-def intact(batch: dict) -> dict:
-    if "error" in batch:
-        raise DataError(f"no clip can be read: {batch['error']}")
-    return batch
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -179,31 +179,39 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(z)).unflatten(0, latents.shape[:2])
 
 
-def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: int, bf16: bool = False) -> Autoencoder:
+def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: int, bf16: bool = False,
+                    decoder_only: bool = False) -> Autoencoder:
     """Train an autoencoder to repeat frames, for worlds too small for Stable Diffusion's.
 
-    batches  of pixels [N, 3, H, W] in [-1, 1]; `steps` of them
-    bf16     compute in bfloat16
+    batches       of pixels [N, 3, H, W] in [-1, 1]; `steps` of them
+    bf16          compute in bfloat16
+    decoder_only  leave the latents as they are: for frames of another kind than it has learned from
 
     Returns it with latents of unit standard deviation.
     """
     channels = autoencoder.config.latent_channels
-    nn.init.constant_(autoencoder.quant_conv.bias.data[channels:], -6)  # little noise at first, or the decoder learns to ignore the latents
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, fused=True)
+    if not decoder_only:
+        nn.init.constant_(autoencoder.quant_conv.bias.data[channels:], -6)  # little noise at first, or the decoder learns to ignore the latents
+    learn = [*autoencoder.decoder.parameters(), *autoencoder.post_quant_conv.parameters()] if decoder_only else \
+        list(autoencoder.parameters())
+    optimizer = torch.optim.AdamW(learn, lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=min(0.5, 50 / steps), cycle_momentum=False)
-    bar = tqdm(batches, desc="autoencoder", unit="step", total=steps)
+    bar = tqdm(batches, desc="decoder" if decoder_only else "autoencoder", unit="step", total=steps)
     for pixels in bar:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-            mean, log_variance = autoencoder.moments(pixels).float().chunk(2, dim=1)
+            with torch.set_grad_enabled(not decoder_only):
+                mean, log_variance = autoencoder.moments(pixels).float().chunk(2, dim=1)
             z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
             error = F.mse_loss(autoencoder.decoder(autoencoder.post_quant_conv(z)), pixels)
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()  # from a standard Gaussian
         optimizer.zero_grad()
         (error + 1e-5 * divergence).backward()
-        nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learn, 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"{10 * math.log10(4 / error.item()):.1f} dB")
+    if decoder_only:
+        return autoencoder
     with torch.no_grad():  # bring the latents to unit standard deviation, in the two layers around them
         scale = 1 / mean.std()
         autoencoder.quant_conv.weight[:channels] *= scale

@@ -179,6 +179,11 @@ PREFIXES = {"unet.": "model.diffusion_model.", "autoencoder.": "first_stage_mode
             "image_tower.": "embedder.model.visual.", "resampler.": "image_proj_model."}
 
 
+def by_our_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a DynamiCrafter checkpoint as the parameters of a Model."""
+    return {ours + name: tensor for ours, theirs in PREFIXES.items() for name, tensor in select(state_dict, theirs).items()}
+
+
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # the bundled ones
 TINY_BASE, TINY_WORLD = CHECKPOINTS / "tiny_base.pt", CHECKPOINTS / "tiny_world.pt"
 
@@ -230,8 +235,7 @@ def load_model(path: str | Path) -> Model:
             "resampler": ResamplerConfig(**fields["resampler"])})
         frozen = read_checkpoint(path.parent / content["frozen"])
         if "state_dict" in frozen:  # the parts that stayed as they were in the base
-            frozen["weights"] = {ours + name: tensor for ours, theirs in PREFIXES.items()
-                                 for name, tensor in select(frozen["state_dict"], theirs).items()}
+            frozen["weights"] = by_our_names(frozen["state_dict"])
         weights = frozen["weights"] | content["weights"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of this project ({error})") from None

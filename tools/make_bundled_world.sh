@@ -17,6 +17,7 @@ python train.py --data rt1 --root recorded/others --passive --out runs/base --au
     --cooldown 500 --warmup 100 --dropout 0 --bf16 --sample-every 100000
 python -m tools.bundle_checkpoint base runs/base checkpoints/tiny_base.pt
 
-# 3. The world: that base made causal, post-trained on the drawer with actions.
+# 3. The world: that base made causal, post-trained on the drawer with actions; and a decoder that has seen drawers.
 python train.py --data rt1 --root recorded/drawer --out runs/world --steps 3000 --cooldown 1000 --dropout 0 --bf16
+python -m tools.tune_decoder runs/world --steps 1500 --bf16
 python -m tools.bundle_checkpoint world runs/world checkpoints/tiny_world.pt

@@ -4,7 +4,9 @@ A test's name is the claim. Sections follow the files. `golden/` holds inputs an
 at small sizes; their weights come from a recipe (`recipe` below), so both sides can have the same ones without
 any being stored.
 """
+import base64
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import replace
@@ -39,6 +42,7 @@ from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowe
 from dynamicrafter.model import PRESETS, TINY_BASE, TINY_WORLD, Model, ModelConfig, from_dynamicrafter, from_vid2world, load_model
 from dynamicrafter.resampler import Resampler, ResamplerConfig
 from evaluation import evaluate, metrics, obedience, transfers
+from play.server import PlayServer
 from sample import RequestError, WorldModel
 from tools.bundle_checkpoint import bundle_base, bundle_world
 from tools.tfrecord import crc32c, encode_example, encode_field, feature_numbers, parse_example, write_records
@@ -1377,6 +1381,192 @@ def test_measurements_refuse_what_they_cannot_measure():
     refused(evaluate.main, "--checkpoint", "none.pt", saying="no checkpoint at")
     refused(obedience.main, "--data", "bridge", saying="no bridge in datasets")
     refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# play/
+
+
+class Player:
+    """A browser tab, without the browser: a stream of events, and requests beside it."""
+
+    def __init__(self, server: PlayServer):
+        self.address = server.server_address[:2]
+        self.connection = http.client.HTTPConnection(*self.address, timeout=20)
+        self.connection.request("GET", "/api/stream")
+        self.answer = self.connection.getresponse()
+        self.hello = self.next("hello") if self.answer.status == 200 else None
+
+    def event(self) -> tuple[str, dict]:
+        while (line := self.answer.readline().decode().strip()).startswith(":") or not line:
+            pass
+        return line.removeprefix("event: "), json.loads(self.answer.readline().decode().removeprefix("data: "))
+
+    def next(self, kind: str) -> dict:
+        """The next event, which must be of this kind."""
+        found, content = self.event()
+        assert found == kind, (found, content)
+        return content
+
+    def until(self, kind: str) -> list[dict]:
+        """The frames before the next event of this kind."""
+        frames = []
+        while (event := self.event())[0] != kind:
+            frames.append(event[1])
+        return frames
+
+    def ask(self, method: str, path: str, body: bytes | dict | None = None, **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(*self.address, timeout=20)
+        body = json.dumps({"session": self.hello and self.hello["session"]} | body).encode() if isinstance(body, dict) else body
+        connection.request(method, path, body, {"Content-Type": "application/json"} | {n.replace("_", "-"): v for n, v in headers.items()})
+        answer = connection.getresponse()
+        content = answer.status, answer.read()
+        connection.close()
+        return content
+
+    def press(self, *keys: str) -> None:
+        assert self.ask("POST", "/api/keys", {"frame": 1, "keys": keys}) == (200, b"{}")
+
+    def command(self, command: str, value: object = None) -> None:
+        assert self.ask("POST", "/api/command", {"command": command, "value": value}) == (200, b"{}")
+
+    def leave(self) -> None:
+        self.answer.close()
+        self.connection.close()
+
+
+@contextlib.contextmanager
+def play_server(steps: int = 1):
+    world = small_world(steps=steps)
+    server = PlayServer(("127.0.0.1", 0), lambda: WorldModel(world.model, steps=steps, overlap=2), data.DATA_SETS["rt1"],
+                        open_episodes("rt1", SAMPLES, "val"), fastest=1000)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.end()
+        server.server_close()
+        thread.join()
+
+
+def picture_of(event: dict) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(event["png"]))))
+
+
+def test_a_player_drives_a_world_of_their_own():
+    with play_server() as server:
+        player = Player(server)
+        assert player.hello["keys"]["ArrowRight"] == "+x" and player.hello["actions"] == 13
+        first = player.next("reset")
+        assert picture_of(first).shape == (16, 16, 3) and first["kept"] == [1]
+        player.press("ArrowRight", "w")  # both are held: frame follows frame
+        events = [player.next("frame") for _ in range(20)]
+        assert all(event["action"] == [0] * 10 + [1, 0, 1] for event in events)
+        player.press()
+        player.command("pause", True)
+        newest = (events + player.until("setting"))[-1]
+        assert newest["kept"] == list(range(newest["frame"] - 15, newest["frame"] + 1))
+        player.press(" ")  # a tap while paused counts once play goes on, and the gripper changes its direction with every press
+        player.press()
+        player.command("pause", False)
+        player.next("setting")
+        assert player.next("frame")["action"][3] == -1
+        player.press(" ")
+        assert player.next("frame")["action"][3] == 1
+        player.press()
+        player.leave()
+
+
+def test_a_player_goes_back_and_branches_off():
+    with play_server() as server:
+        player = Player(server)
+        player.next("reset")
+        def play(key: str) -> dict:
+            player.press(key)
+            player.press()
+            return player.next("frame")
+        for _ in range(3):
+            last = play("w")
+        player.command("branch", last["frame"] - 1)
+        back = player.next("branch")
+        assert back["kept"] == [1, 2, 3] and back["frame"] == 3
+        again = play("w")  # the same key: the same world, with its noise
+        assert np.array_equal(picture_of(again), picture_of(last)) and again["kept"] == [1, 2, 3, 5]
+        player.command("branch", 3)
+        player.next("branch")
+        assert not np.array_equal(picture_of(play("s")), picture_of(last))
+        code, gif = player.ask("GET", f"/api/gif?session={player.hello['session']}")
+        assert code == 200 and Image.open(io.BytesIO(gif)).n_frames == 4
+        player.command("guidance", 1.5)
+        assert player.next("setting") == {"guidance": 1.5}
+        player.command("idle", True)  # without a key, an action of zeros
+        player.next("setting")
+        assert player.next("frame")["action"] == [0] * 13
+        player.command("idle", False)
+        player.command("reset")
+        player.until("reset")
+        player.leave()
+
+
+def test_malformed_requests_are_refused_and_harm_nobody():
+    with play_server() as server:
+        player = Player(server)
+        player.next("reset")
+        keys, command = "/api/keys", "/api/command"
+        refusals = [
+            (400, "POST", keys, b"{"), (400, "POST", keys, b"[1]"), (400, "POST", keys, b"\xff\xfe"), (400, "POST", keys, b'{"frame": NaN}'),
+            (400, "POST", keys, b"[" * 4000), (404, "POST", keys, b"{}"), (404, "POST", keys, b'{"session": 7}'),
+            (400, "POST", keys, {"frame": 1, "keys": "w"}), (400, "POST", keys, {"frame": 1, "keys": ["q"]}),
+            (400, "POST", keys, {"frame": 1, "keys": [["w"]]}), (400, "POST", keys, {"frame": 1, "keys": ["w"] * 99}),
+            (400, "POST", keys, {"frame": "1", "keys": []}), (400, "POST", keys, {"frame": -1, "keys": []}),
+            (400, "POST", keys, {"frame": 1e300, "keys": []}), (400, "POST", keys, {"keys": []}), (400, "POST", keys, {"frame": True, "keys": []}),
+            (400, "POST", command, {"command": "format"}), (400, "POST", command, {"command": ["reset"]}),
+            (400, "POST", command, {"command": "pause", "value": 1}), (400, "POST", command, {"command": "guidance", "value": "2"}),
+            (400, "POST", command, {"command": "guidance", "value": 10**400}), (400, "POST", command, {"command": "guidance", "value": -1}),
+            (400, "POST", command, {"command": "guidance", "value": True}), (400, "POST", command, {"command": "branch", "value": 1.0}),
+            (404, "POST", command, {"command": "branch", "value": 10**30}), (413, "POST", keys, b" " * 5000),
+            (404, "GET", "/../data.py", None), (404, "GET", "/api/keys", None), (404, "POST", "/", {}), (404, "GET", "/api/gif?session=x", None),
+            (404, "GET", "/api/gif", None), (501, "PUT", keys, {})]
+        for code, method, path, body in refusals:
+            answer = player.ask(method, path, body)
+            assert answer[0] == code and b"Traceback" not in answer[1], (code, method, path, body, answer)
+        assert player.ask("POST", keys, {"frame": 1, "keys": []}, Content_Type="text/plain")[0] == 415
+        assert player.ask("POST", keys, {"frame": 1, "keys": []}, Origin="http://evil.example")[0] == 403
+        assert player.ask("GET", "/", None, Host="evil.example")[0] == 403
+        host = "{}:{}".format(*player.address)
+        assert player.ask("POST", keys, {"frame": 1, "keys": []}, Origin=f"http://{host}")[0] == 200
+        code, page = player.ask("GET", "/")
+        assert code == 200 and b"<canvas" in page and not re.search(rb"(src|href)=.https?:", page)
+        for garbage in (b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"POST /api/keys HTTP/1.1\r\nHost: " + host.encode() +
+                        b"\r\nContent-Type: application/json\r\nContent-Length: -5\r\n\r\n"):
+            with socket.create_connection(player.address, timeout=20) as raw:
+                raw.sendall(garbage)
+                assert re.search(rb"Error code: 400| 403 | 411 ", raw.recv(2000))
+        player.press("w")
+        assert player.next("frame")["action"][12] == 1  # and the world goes on
+        player.press()
+        player.leave()
+
+
+def test_four_may_play_at_once_and_a_closed_tab_makes_room():
+    with play_server() as server:
+        players = [Player(server) for _ in range(4)]
+        fifth = Player(server)
+        assert fifth.answer.status == 503 and "4 worlds" in json.loads(fifth.answer.read())["error"]
+        for player, key in zip(players, ("w", "s", "ArrowUp", "ArrowLeft")):
+            player.next("reset")
+            player.press(key)
+        worlds = [[player.next("frame") for _ in range(3)] for player in players]
+        assert len({tuple(events[0]["action"]) for events in worlds}) == 4
+        players[0].leave()  # in mid-frame
+        until = time.time() + 20
+        while len(server.sessions) > 3 and time.time() < until:
+            time.sleep(0.05)
+        assert len(server.sessions) == 3 and Player(server).hello
+        for player in players[1:]:
+            player.leave()
 
 
 # ---------------------------------------------------------------------------------------------------------

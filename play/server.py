@@ -373,6 +373,11 @@ class PlayServer(ThreadingHTTPServer):
             raise BadRequest(404, "there is no such world (any more); load the page again")
         return session
 
+    def end(self) -> None:
+        """No more frames: waits for the one under way, and never lets go of the network."""
+        self.ending = True
+        self.network.acquire()
+
     def handle_error(self, *_) -> None:
         """A tab that was closed in the middle of a frame is no error."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
@@ -389,4 +394,4 @@ def play(make_world, dataset: DataSet, episodes: Episodes, host: str, port: int,
             server.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
             print()
-        server.ending = True
+        server.end()

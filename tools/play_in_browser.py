@@ -1,0 +1,140 @@
+"""The page in a real browser, from the first key to the saved animation: python -m tools.play_in_browser --screenshot play.png
+
+Needs `pip install selenium`, a Chromium and its chromedriver (Debian: chromium chromium-driver). Starts `sample.py --play`, presses keys,
+reads the gripper's place off the page's picture before and after (evaluation/obedience.py), branches from the film strip, saves the GIF.
+"""
+import argparse
+import base64
+import subprocess
+import sys
+import tempfile
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data import SAMPLES, open_episodes
+from evaluation.obedience import GripperReader, train_reader
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def open_browser(downloads: str):
+    try:
+        from selenium import webdriver
+        from selenium.common.exceptions import WebDriverException
+    except ImportError:
+        raise SystemExit("skipped: pip install selenium, and have chromium and chromedriver") from None
+    options = webdriver.ChromeOptions()
+    for option in ("--headless=new", "--no-sandbox", "--window-size=1100,900", "--disable-gpu"):
+        options.add_argument(option)
+    options.add_experimental_option("prefs", {"download.default_directory": downloads})
+    try:
+        return webdriver.Chrome(options=options)
+    except WebDriverException as error:
+        raise SystemExit(f"skipped: no browser ({str(error).splitlines()[0]})") from None
+
+
+class Page:
+    def __init__(self, browser, reader: GripperReader):
+        self.browser, self.reader = browser, reader
+
+    def frame(self) -> int:
+        return int(self.browser.execute_script("return document.getElementById('screen').dataset.frame || 0"))
+
+    def until(self, true, what: str, seconds: float = 20) -> float:
+        start = time.time()
+        while not true():
+            if time.time() > start + seconds:
+                raise SystemExit(f"FAILED: {what} (waited {seconds} s)")
+            time.sleep(0.01)
+        return time.time() - start
+
+    def picture(self) -> np.ndarray:
+        url = self.browser.execute_script("return document.getElementById('screen').toDataURL('image/png')")
+        return np.asarray(Image.open(BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
+
+    def gripper(self) -> np.ndarray:
+        return self.reader.read(self.picture()[None])[0]
+
+    def key(self, kind: str, key: str) -> None:
+        """Through the browser's own input pipeline, as from a keyboard."""
+        self.browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, "key": key, "text": key if len(key) == 1 and kind == "keyDown" else ""})
+
+    def hold(self, key: str, frames: int) -> None:
+        until = self.frame() + frames
+        self.key("keyDown", key)
+        self.until(lambda: self.frame() >= until, f"holding {key} brings {frames} frames")
+        self.key("keyUp", key)
+        self.settle()
+
+    def settle(self) -> None:
+        """Until no more frames come."""
+        last = -1
+        while last != self.frame():
+            last = self.frame()
+            time.sleep(0.6)
+
+
+def play(page: Page, downloads: Path, screenshot: str | None) -> None:
+    browser = page.browser
+    page.until(lambda: page.frame() == 1, "the first frame is shown")
+    latencies = []
+    for key, axis, sign, where in (("w", 1, -1, "up"), ("s", 1, 1, "down"), ("ArrowRight", 0, 1, "right"), ("ArrowLeft", 0, -1, "left")):
+        before, start = page.gripper(), page.frame()
+        page.key("keyDown", key)
+        latencies.append(page.until(lambda: page.frame() > start, "a key changes the picture"))
+        page.hold(key, 5)
+        moved = page.gripper() - before
+        print(f"{key}: the gripper moved by {moved[0]:+.1f}, {moved[1]:+.1f} pixels")
+        if sign * moved[axis] < 3:
+            raise SystemExit(f"FAILED: {key} does not move the gripper {where}")
+    print(f"from key to picture: {1000 * np.median(latencies):.0f} ms (median of {len(latencies)})")
+
+    strip = browser.find_elements("css selector", "#strip button")
+    chosen = strip[-4]
+    number = int(chosen.get_attribute("data-frame"))
+    chosen.click()
+    page.until(lambda: page.frame() == number, "a click on the strip goes back")
+    left = len(browser.find_elements("css selector", "#strip button"))
+    if left != len(strip) - 3:
+        raise SystemExit(f"FAILED: {left} frames on the strip after going back by 3 from {len(strip)}")
+    page.hold("w", 3)
+    pad = browser.find_element("css selector", '#pad [data-key="ArrowUp"]')
+    start = page.frame()
+    pad.click()
+    page.until(lambda: page.frame() > start, "a click on the pad moves the world")
+    if screenshot:
+        page.key("keyDown", "ArrowRight")
+        time.sleep(1.5)
+        browser.save_screenshot(screenshot)
+        page.key("keyUp", "ArrowRight")
+    print("frames per second on the page:", browser.find_element("id", "fps").text)
+    browser.find_element("id", "save").click()
+    page.until(lambda: any(downloads.glob("*.gif")), "the GIF is saved")
+    gif = Image.open(next(downloads.glob("*.gif")))
+    print(f"saved a GIF of {gif.n_frames} frames")
+    print("all is well: keys, strip, pad, GIF")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Try the page in a real browser.")
+    parser.add_argument("--screenshot", help="where to write a picture of the page")
+    parser.add_argument("--port", type=int, default=8124)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as downloads:
+        browser = open_browser(downloads)
+        reader = train_reader(open_episodes("rt1", SAMPLES, "train"))
+        server = subprocess.Popen([sys.executable, REPOSITORY / "sample.py", "--play", "--port", str(args.port)], stdout=subprocess.PIPE,
+                                  text=True)
+        try:
+            for line in server.stdout:
+                if "play at" in line:
+                    break
+            browser.get(f"http://127.0.0.1:{args.port}/")
+            play(Page(browser, reader), Path(downloads), args.screenshot)
+        finally:
+            browser.quit()
+            server.terminate()

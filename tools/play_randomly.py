@@ -1,0 +1,100 @@
+"""Play for ten minutes like a child at a keyboard, and see whether the server minds: python -m tools.play_randomly
+
+Starts `sample.py --play`, opens a world, presses keys at random, pauses, resets, branches, changes guidance, sends nonsense, saves
+animations, closes the tab in mid-frame and opens another. Prints the frame rate and the server's memory once a minute.
+"""
+import argparse
+import http.client
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def memory(process: int) -> float:
+    """Resident memory in MB (Linux)."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) / 1024
+
+
+class Tab:
+    """Listens to the stream in a thread of its own, and counts frames."""
+
+    def __init__(self, port: int):
+        self.port, self.frames, self.kept, self.session = port, 0, [], None
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        self.connection.request("GET", "/api/stream")
+        self.answer = self.connection.getresponse()
+        threading.Thread(target=self.listen, daemon=True).start()
+        while self.session is None:
+            time.sleep(0.01)
+
+    def listen(self) -> None:
+        try:
+            for line in self.answer:
+                if line.startswith(b"data: "):
+                    event = json.loads(line[6:])
+                    self.session, self.kept = event.get("session", self.session), event.get("kept", self.kept)
+                    self.frames += "action" in event
+        except (OSError, ValueError, AttributeError):
+            pass  # the tab was closed
+
+    def ask(self, method: str, path: str, content: object = None) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request(method, path, json.dumps(content) if content else None, {"Content-Type": "application/json"})
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+
+def play(port: int, process: int, minutes: float) -> int:
+    keys = ["ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "w", "s", " "]
+    tab, closed = Tab(port), 0
+    begin = mark = time.time()
+    errors = 0
+    while time.time() < begin + 60 * minutes:
+        what, session = random.random(), tab.session
+        if what < 0.7:
+            status = tab.ask("POST", "/api/keys", {"session": session, "frame": 1, "keys": random.sample(keys, random.randint(0, 2))})
+        elif what < 0.96:
+            command, value = random.choice([("guidance", random.uniform(0, 4)), ("idle", random.random() < 0.7), ("pause", False),
+                                            ("reset", None), ("branch", random.choice(tab.kept or [1]))])
+            status = tab.ask("POST", "/api/command", {"session": session, "command": command, "value": value})
+            status = 200 if command == "branch" else status  # the frame may have left the ring meanwhile
+        elif what < 0.98:
+            status = 200 if tab.ask("POST", "/api/command", {"session": session, "command": random.choice([None, 7, "x" * 900])}) == 400 else 0
+        elif what < 0.99:
+            status = tab.ask("GET", f"/api/gif?session={session}")
+        else:
+            closed += tab.frames
+            tab.answer.close()
+            tab.connection.close()
+            tab, status = Tab(port), 200
+        errors += status != 200
+        time.sleep(random.uniform(0, 0.3))
+        if time.time() > mark + 60:
+            frames = closed + tab.frames
+            print(f"minute {(time.time() - begin) / 60:.0f}: {frames / (time.time() - mark):.1f} frames/s, {memory(process):.0f} MB, "
+                  f"{errors} unexpected answers", flush=True)
+            closed, mark = -tab.frames, time.time()
+    return errors
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Play at random, and watch frame rate and memory.")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--port", type=int, default=8123)
+    args = parser.parse_args()
+    server = subprocess.Popen([sys.executable, REPOSITORY / "sample.py", "--play", "--port", str(args.port)], stdout=subprocess.PIPE, text=True)
+    try:
+        for line in server.stdout:
+            if "play at" in line:
+                break
+        sys.exit(play(args.port, server.pid, args.minutes) > 0)
+    finally:
+        server.terminate()

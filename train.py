@@ -41,12 +41,13 @@ from diffusion_forcing import LEVELS, diffusion_forcing_loss
 from dynamicrafter.autoencoder import fit_autoencoder
 from dynamicrafter.model import PRESETS, TINY_BASE, Model, from_dynamicrafter, frozen_weights, keep_freed_memory, load_model, \
     named, preset_of, save, to_pixels, trained_weights
+from dynamicrafter.resampler import Resampler
 from evaluation.metrics import psnr
 from evaluation.pictures import save_strip
 from sample import RequestError, WorldModel, rollout
 from tools.processes import across_processes, ignore_interrupt, join_processes, stop_on_signals
 from tools.run_folder import Log, check_folder
-from unet import CheckpointError, read_checkpoint
+from unet import CheckpointError, UNet, read_checkpoint
 
 
 # The defaults of the command are the paper's. A small model on a laptop takes larger and fewer steps.
@@ -117,6 +118,8 @@ def build_model(args: argparse.Namespace, dataset: DataSet) -> Model:
     config = replace(config, unet=unet, size=tuple(args.size), fps=dataset.fps)
     torch.manual_seed(args.seed)
     model = from_dynamicrafter(args.base, config, args.transfer) if args.base else Model(config)
+    if args.base and args.scratch:  # keep what stays frozen
+        model.unet, model.resampler = UNet(config.unet), Resampler(config.resampler)
     model.autoencoder.requires_grad_(False)
     tower = model.image_tower
     never_used = (tower.ln_post, tower.proj)  # by which the tower would reach CLIP's space
@@ -269,13 +272,13 @@ def batch_loss(trainee: nn.Module, model: Model, batch: dict, seed: int, action_
 
 @torch.no_grad()
 def validate(model: Model, held_out: Episodes, args: argparse.Namespace) -> float:
-    """Mean loss on held-out clips: always the same clips, noise and levels, and nothing dropped."""
+    """Mean loss on held-out clips: always the same clips, noise and levels (of a world model, a level per frame), nothing dropped."""
     model.eval()
     clips = Clips(held_out, args.frames, tuple(args.size), args.seed)
     losses = []
     for first in range(0, args.val_clips, args.batch):
         batch = intact(collate([clips[i] for i in range(first, min(first + args.batch, args.val_clips))]))
-        losses += [batch_loss(PostTraining(model, args.bf16), model, batch, args.seed, 0, 0, args.shared_level).item()] * len(batch["index"])
+        losses += [batch_loss(PostTraining(model, args.bf16), model, batch, args.seed, 0, 0, args.passive).item()] * len(batch["index"])
     model.train()
     return sum(losses) / len(losses)
 
@@ -306,7 +309,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", choices=DATA_SETS, default="rt1")
     add("--root", help="the data set's folder, or one above it; if left out, datasets/ or else the bundled episodes")
     add("--base", help="passive model to start from: DynamiCrafter's checkpoint (512 or 1024); if left out, the bundled small one")
-    add("--scratch", action="store_true", help="start from random weights instead")
+    add("--scratch", action="store_true", help="start from random weights instead; with --base, keep the parts of it that stay frozen")
     add("--preset", choices=PRESETS, help="size of the model; if left out, the base's")
     add("--transfer", choices=TRANSFER_METHODS, default="mixed", help="how temporal kernels become causal")
     add("--norm-scope", choices=["frame", "past", "clip"], default="frame",

@@ -195,7 +195,7 @@ def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: 
     learn = [*autoencoder.decoder.parameters(), *autoencoder.post_quant_conv.parameters()] if decoder_only else \
         list(autoencoder.parameters())
     optimizer = torch.optim.AdamW(learn, lr=2e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=min(0.5, 50 / steps), cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 50) * (1 + math.cos(math.pi * i / steps)) / 2)
     bar = tqdm(batches, desc="decoder" if decoder_only else "autoencoder", unit="step", total=steps)
     for pixels in bar:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):

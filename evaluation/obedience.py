@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from data import DataError, Episodes, default_root, open_episodes
 from dynamicrafter.model import to_pixels
 from evaluation.evaluate import add_world_options, check_actions, imagine, open_held_out, read_batches
-from evaluation.pictures import save_strip
+from evaluation.metrics import psnr
+from evaluation.pictures import save_curves, save_strip
 from sample import RequestError, WorldModel, load_world
 from unet import CheckpointError
 
@@ -102,15 +103,17 @@ def central_frames(episodes: Episodes) -> np.ndarray:
     return np.stack([episodes[i].read(t, t + 1)[0] for i, t in enumerate(nearest)])  # [N, 1, H, W, 3]
 
 
-def follow(world: WorldModel, reader: GripperReader, episodes: Episodes, frames: int, batch: int) -> dict[str, np.ndarray]:
-    """Distance in pixels of the imagined gripper from the true one, [N, frames], under own and under another's actions."""
+def follow(world: WorldModel, reader: GripperReader, episodes: Episodes, frames: int, batch: int) -> dict[str, tuple[float, float]]:
+    """Under own and under another's actions: distance in pixels of the imagined gripper from the true one at the last frame, and
+    PSNR of all imagined frames, both means over episodes."""
     truth = np.stack([episodes[i].feature(PIXEL)[:frames] for i in range(len(episodes))])
     clips, actions = map(np.concatenate, zip(*read_batches(episodes, frames, batch, world.model.config.size)))
-    errors = {}
+    result = {}
     for whose, chosen in (("own", actions), ("another's", np.roll(actions, 1, axis=0))):
-        imagined = [imagine(world, clips[i : i + batch], chosen[i : i + batch, :-1]) for i in range(0, len(clips), batch)]
-        errors[whose] = np.linalg.norm(reader.read(np.concatenate(imagined)) - truth, axis=-1)
-    return errors
+        imagined = np.concatenate([imagine(world, clips[i : i + batch], chosen[i : i + batch, :-1]) for i in range(0, len(clips), batch)])
+        error = np.linalg.norm(reader.read(imagined[:, -1]) - truth[:, -1], axis=-1)
+        result[whose] = error.mean(), psnr(imagined, clips)[:, 1:].mean()
+    return result
 
 
 def sweep(world: WorldModel, starts: np.ndarray, action_dim: int, batch: int) -> dict[str, np.ndarray]:
@@ -129,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_world_options(parser, steps=20)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0])
+    parser.add_argument("--sweeps", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="evaluations/obedience", help="folder for the pictures")
     args = parser.parse_args(argv)
     try:
@@ -143,27 +147,31 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gripper reader: trained on {len(training)} recorded episodes, off by {errors.mean():.2f} pixels (median "
               f"{errors.median():.2f}) on {len(episodes)} held-out ones")
         starts, axes = central_frames(episodes), directions(training)
-        last = args.frames - 1
-        print(f"\n| guidance | gripper error at frame {last}, own actions (pixels) | another's | ratio | right side of the sweep (%) "
-              f"| {' | '.join(SWEEPS)} |\n|{' --- |' * (5 + len(SWEEPS))}")
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        print(f"\n| guidance | gripper error at frame {args.frames - 1}, own actions (pixels) | another's | ratio | PSNR, own (dB) | another's "
+              f"| right side of the sweep (%) | {' | '.join(SWEEPS)} |\n|{' --- |' * (7 + len(SWEEPS))}")
+        curves: dict[str, list[tuple[float, float]]] = {"gripper error, pixels": [], "PSNR, dB": []}
         for guidance in args.guidance:
             world = load_world(args.checkpoint, guidance=guidance, steps=args.steps, eta=args.eta, seed=args.seed)
             check_actions(world, args.data)
-            own, other = (rows[:, last].mean() for rows in follow(world, reader, episodes, args.frames, args.batch).values())
-            swept = sweep(world, starts, training.dataset.action_dim, args.batch)
+            (own, own_psnr), (other, other_psnr) = follow(world, reader, episodes, args.frames, args.batch).values()
+            curves["gripper error, pixels"].append((guidance, own))
+            curves["PSNR, dB"].append((guidance, own_psnr))
             right = []
-            for name, (axis, sign) in SWEEPS.items():
-                moved = reader.read(swept[name][:, -1]) - reader.read(swept[name][:, 0])
-                right.append(100 * np.mean(sign * moved @ axes[:, axis] > 0))
-            print(f"| {guidance:g} | {own:.2f} | {other:.2f} | {own / other:.2f} | **{np.mean(right):.1f}** | "
-                  f"{' | '.join(f'{share:.0f}' for share in right)} |", flush=True)
-            out = Path(args.out)
-            out.mkdir(parents=True, exist_ok=True)
-            save_strip(out / f"sweeps_guidance{guidance:g}.png", {name: clips[0] for name, clips in swept.items()})
+            if args.sweeps:
+                swept = sweep(world, starts, training.dataset.action_dim, args.batch)
+                for name, (axis, sign) in SWEEPS.items():
+                    moved = reader.read(swept[name][:, -1]) - reader.read(swept[name][:, 0])
+                    right.append(100 * np.mean(sign * moved @ axes[:, axis] > 0))
+                save_strip(out / f"sweeps_guidance{guidance:g}.png", {name: clips[0] for name, clips in swept.items()})
+            print(f"| {guidance:g} | {own:.2f} | {other:.2f} | {own / other:.2f} | {own_psnr:.2f} | {other_psnr:.2f} | "
+                  f"{np.mean(right) if right else np.nan:.1f} | {' | '.join(f'{share:.0f}' for share in right)} |", flush=True)
+        save_curves(out / "guidance.png", curves, "guidance")
     except (DataError, CheckpointError, RequestError, OSError) as error:
         print(f"obedience: {error}", file=sys.stderr)
         return 2
-    print(f"\npictures: {out}/sweeps_guidance*.png")
+    print(f"\npictures: {out}/guidance.png and the sweeps")
     return 0
 
 

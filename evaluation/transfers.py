@@ -4,12 +4,9 @@ Making a pretrained network causal takes knowledge away from it: how much, befor
 at one shared level, go through the passive base and through its causal versions; the distance of their velocities, relative to
 the base's, says how far the network was thrown from what it had learned.
 
-`--train 1000` then post-trains the chosen variants from the same base, on the same clips with the same noise, in processes of
-their own, and compares their losses on held-out clips. Interrupted, it goes on where it was.
+How well they learn afterwards is measured by evaluation/ablations.py.
 """
 import argparse
-import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,21 +49,6 @@ def distances(base: Path, clips: Clips, number: int) -> dict[str, np.ndarray]:
     return result
 
 
-def post_train(variant: str, args: argparse.Namespace) -> dict[int, float]:
-    """Held-out loss by step of `train.py` from the base with this "transfer, scope"."""
-    transfer, scope = variant.split(", ")
-    run = Path(args.out) / f"{transfer}_{scope}"
-    command = [sys.executable, Path(__file__).parent.parent / "train.py", "--data", args.data, "--base", args.base, "--out", run,
-               "--transfer", transfer, "--norm-scope", scope, "--steps", args.train, "--val-every", max(1, args.train // 10),
-               "--val-clips", 32, "--sample-every", 10**9, "--save-every", max(1, args.train // 10), "--dropout", 0, "--resume"]
-    command += ["--root", args.root] if args.root else []
-    if not (run / "log.jsonl").exists() or len((run / "log.jsonl").read_text().splitlines()) < args.train:
-        if subprocess.run(list(map(str, command + args.also))).returncode:
-            raise DataError(f"post-training {variant} failed")
-    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return {row["step"]: row["val"] for row in rows if "val" in row}
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare transfers and norm scopes.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -74,11 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="rt1")
     parser.add_argument("--root")
     parser.add_argument("--clips", type=int, default=16)
-    parser.add_argument("--train", type=int, default=0, metavar="STEPS", help="of post-training; 0 for none")
-    parser.add_argument("--variants", nargs="+", default=["mixed, past", "mixed, frame", "extrapolative, frame"],
-                        help="which to post-train")
-    parser.add_argument("--out", default="runs/transfers", help="folder for runs and plots")
-    parser.add_argument("--also", nargs=argparse.REMAINDER, default=[], help="further arguments for train.py; must come last")
+    parser.add_argument("--out", default="evaluations/transfers", help="folder for the plot")
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -89,17 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         for name, row in table.items():
             print(f"| {name} | **{np.sqrt(np.mean(row**2)):.3f}** | {' | '.join(f'{row[t]:.3f}' for t in (0, 1, 7, 15))} |")
         save_curves(out / "distance.png", {name: list(enumerate(row)) for name, row in table.items()}, "frame")
-        if args.train:
-            losses = {variant: post_train(variant, args) for variant in args.variants}
-            save_curves(out / "losses.png", {name: list(row.items()) for name, row in losses.items()}, "step")
-            steps = list(next(iter(losses.values())))
-            print(f"\n| held-out loss after steps | {' | '.join(map(str, steps))} |\n|{' --- |' * (1 + len(steps))}")
-            for name, row in losses.items():
-                print(f"| {name} | {' | '.join(f'{loss:.4f}' for loss in row.values())} |")
     except (DataError, CheckpointError, OSError) as error:
         print(f"transfers: {error}", file=sys.stderr)
         return 2
-    print(f"\nplots: {out}/*.png")
+    print(f"\nplot: {out}/distance.png")
     return 0
 
 

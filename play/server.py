@@ -244,9 +244,9 @@ class Handler(BaseHTTPRequestHandler):
     def check_sender(self) -> None:
         """Refuse what a foreign page, or a name that points at this machine (DNS rebinding), makes the browser send."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if host not in self.server.hosts:
+        if self.server.hosts and host not in self.server.hosts:
             raise BadRequest(403, "this server answers to its own name only")
-        if origin is not None and origin not in {f"http://{name}" for name in self.server.hosts}:
+        if origin not in (None, f"http://{host}"):
             raise BadRequest(403, "this server answers to its own page only")
 
     def send(self, status: int, kind: str, body: bytes, **headers: str) -> None:
@@ -353,7 +353,8 @@ class PlayServer(ThreadingHTTPServer):
         self.sessions: dict[str, Session] = {}
         self.lock, self.network, self.ending = threading.Lock(), threading.Lock(), False
         host, port = self.server_address[:2]
-        self.hosts = {f"{name}:{port}" for name in (host, *(("localhost", "127.0.0.1") if host in ("127.0.0.1", "0.0.0.0") else ()))}
+        names = {"127.0.0.1": ("127.0.0.1", "localhost"), "0.0.0.0": ()}.get(host, (host,))
+        self.hosts = {f"{name}:{port}" for name in names}  # empty: whatever name this machine has in its network
 
     def open_session(self) -> tuple[str, Session]:
         with self.lock:

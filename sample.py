@@ -14,7 +14,7 @@ A world model holds a window of frames and imagines one more at a time:
 
  1. The new frame starts from Gaussian noise and is denoised through the DDIM levels. At each level the network
     sees the whole window twice, with and without the newest action, and guidance exaggerates the difference.
- 2. The finished frame is noised to k_hist, the second lowest DDIM level, and joins the history.
+ 2. The finished frame is noised to k_hist (39, the second lowest of 50 DDIM levels), and joins the history.
  3. When all slots are taken, the last `overlap` frames become the new window, the first of them the new anchor.
     As in a training clip, no action leads to it. So a rollout may go on for ever, and the network
     never meets a clip longer than those it was trained on.
@@ -60,6 +60,7 @@ class WorldModel:
     eta       0 is deterministic given the first noise (DDIM), 1 adds fresh noise at every step (as the paper samples)
     overlap   frames that stay when the window is full
     rescale   see `action_guidance.guide`
+    history_level  noise level at which the history is held; None: the second lowest of the steps, which is 39 for 50
     streaming remember the history (True) or run it again at every step (False); None: remember where that is exact,
               which is everywhere but with norm_scope "clip", whose history changes with every new frame
 
@@ -67,7 +68,7 @@ class WorldModel:
     """
 
     def __init__(self, model: Model, guidance: float = 2.0, steps: int = 50, seed: int = 0, eta: float = 1.0,
-                 overlap: int = 8, rescale: float = 0.7, streaming: bool | None = None):
+                 overlap: int = 8, rescale: float = 0.7, streaming: bool | None = None, history_level: int | None = None):
         config = model.config.unet
         if not config.action_dim or not config.causal:
             raise RequestError("this network is passive: a world model is causal and takes actions")
@@ -77,6 +78,8 @@ class WorldModel:
             raise RequestError(f"eta is {eta} and rescale {rescale}; both must be between 0 and 1")
         if not 1 <= steps <= LEVELS:
             raise RequestError(f"steps is {steps}; it must be between 1 and {LEVELS}")
+        if history_level is not None and not 0 <= history_level < LEVELS:
+            raise RequestError(f"history_level is {history_level}; it must be between 0 and {LEVELS - 1}")
         if not 1 <= overlap < config.num_frames:
             raise RequestError(f"overlap is {overlap}; it must be between 1 and {config.num_frames - 1}")
         self.model = model.eval()
@@ -86,7 +89,7 @@ class WorldModel:
             print("streaming approximates here: this network's norms see the whole clip, so its history changes with every frame")
         self.num_frames, self.action_dim = config.num_frames, config.action_dim
         self.levels = model.schedule.ddim_levels(steps)
-        self.history_level = self.levels[-2] if steps > 1 else self.levels[-1]
+        self.history_level = self.levels[max(steps - 2, 0)] if history_level is None else history_level
 
     @torch.inference_mode()
     def reset(self, frames: np.ndarray, actions: np.ndarray | None = None) -> None:
@@ -317,6 +320,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rescale", type=float, default=0.7, help="pull back the contrast that guidance adds, 0 to 1")
     add("--steps", type=int, help="denoising steps per frame; if left out, 50, or 4 with --play")
     add("--eta", type=float, help="fresh noise per step: 0 none, 1 as the paper; if left out, 1, or 0 with --play")
+    add("--history-level", type=int, default=39, help="noise level at which the history is held; the paper's is 39, of 0 to 999")
     add("--overlap", type=int, default=8, help="frames that stay when the window of 16 is full")
     add("--seed", type=int, default=0)
     add("--streaming", action=argparse.BooleanOptionalAction, default=None,
@@ -367,7 +371,8 @@ def open_data(args: argparse.Namespace) -> tuple[str, Episodes]:
 
 
 def run(args: argparse.Namespace) -> None:
-    options = {name: getattr(args, name) for name in ("guidance", "steps", "seed", "eta", "overlap", "rescale", "streaming")}
+    options = {name: getattr(args, name) for name in ("guidance", "steps", "seed", "eta", "overlap", "rescale", "streaming",
+                                                      "history_level")}
     world = load_world(args.checkpoint, args.device, args.compile, **options)
     name, episodes = open_data(args)
     if args.play:

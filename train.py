@@ -290,7 +290,7 @@ def draw_strip(model: Model, held_out: Episodes, args: argparse.Namespace, step:
         frames, actions = episode.read(0, args.frames)
     except DataError as error:  # one damaged episode does not end a run
         return tqdm.write(f"no strip: {error}")
-    imagined = rollout(WorldModel(model, steps=args.sample_steps), frames, actions[:-1])
+    imagined = rollout(WorldModel(model, steps=args.sample_steps, history_level=39), frames, actions[:-1])
     model.train()
     truth = fit_frames(frames, *args.size)
     path = Path(args.out) / f"step_{step:07d}.png"

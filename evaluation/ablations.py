@@ -57,7 +57,7 @@ def measure(variant: str, seed: int, args: argparse.Namespace) -> dict:
     if not result.exists():
         losses = post_train(run, variant, seed, args)
         guidance = 1.0 if variant == "no action dropout" else args.guidance
-        world = load_world(run, guidance=guidance, steps=args.denoising_steps, seed=seed)
+        world = load_world(run, guidance=guidance, steps=args.denoising_steps, seed=seed, history_level=39)
         tally = evaluate(world, open_held_out(args, 16), 16, context=1)
         result.write_text(json.dumps({"loss": losses, "psnr": float(tally.sums["psnr"].mean() / tally.episodes)}))
     content = json.loads(result.read_text())

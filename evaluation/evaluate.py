@@ -152,6 +152,7 @@ def add_world_options(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--frames", type=int, default=16, help="of an episode, given ones included")
     parser.add_argument("--steps", type=int, default=steps, help="denoising steps per frame")
     parser.add_argument("--eta", type=float, default=1.0)
+    parser.add_argument("--history-level", type=int, default=39, help="noise level at which the history is held")
     parser.add_argument("--batch", type=int, default=8, help="worlds side by side")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         rank, processes, device = join_processes()
         networks = {name: load(path, device) for name, load, path in (
             ("lpips", lpips, args.lpips), ("fid", inception, args.inception), ("fvd", i3d, args.i3d)) if path}
-        world = load_world(args.checkpoint, device, guidance=args.guidance, steps=args.steps, eta=args.eta, seed=args.seed)
+        world = load_world(args.checkpoint, device, guidance=args.guidance, steps=args.steps, eta=args.eta, seed=args.seed, history_level=args.history_level)
         check_actions(world, args.data)
         episodes = open_held_out(args, args.frames)
         out = Path(args.out)

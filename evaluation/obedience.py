@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
               f"| right side of the sweep (%) | {' | '.join(SWEEPS)} |\n|{' --- |' * (7 + len(SWEEPS))}")
         curves: dict[str, list[tuple[float, float]]] = {"gripper error, pixels": [], "PSNR, dB": []}
         for guidance in args.guidance:
-            world = load_world(args.checkpoint, guidance=guidance, steps=args.steps, eta=args.eta, seed=args.seed)
+            world = load_world(args.checkpoint, guidance=guidance, steps=args.steps, eta=args.eta, seed=args.seed, history_level=args.history_level)
             check_actions(world, args.data)
             (own, own_psnr), (other, other_psnr) = follow(world, reader, episodes, args.frames, args.batch).values()
             curves["gripper error, pixels"].append((guidance, own))

@@ -41,7 +41,7 @@ from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig, preprocess
 from dynamicrafter.model import PRESETS, TINY_BASE, TINY_WORLD, Model, ModelConfig, from_dynamicrafter, from_vid2world, load_model
 from dynamicrafter.resampler import Resampler, ResamplerConfig
-from evaluation import evaluate, metrics, obedience, transfers
+from evaluation import ablations, evaluate, metrics, obedience, transfers
 from play.server import PlayServer
 from sample import RequestError, WorldModel
 from tools.bundle_checkpoint import bundle_base, bundle_world
@@ -859,6 +859,14 @@ def test_history_is_held_at_the_second_lowest_level():
         assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
+def test_the_level_of_the_history_may_be_chosen():
+    world = small_world(steps=4, history_level=39)
+    passes = passes_of(world)
+    frames, actions = small_episode(3)
+    sample.rollout(world, frames, actions[:1])
+    assert passes[0][1][0].tolist() == [39, 999, 999]
+
+
 def test_unknown_past_actions_are_hidden_not_zero():
     world = small_world()
     frames, actions = small_episode(3)
@@ -1024,7 +1032,7 @@ def test_impossible_requests_are_refused_and_leave_the_world_as_it_was():
     assert torch.equal(world.latents, before)
     with raises(RequestError, "uint8"):
         world.reset(frames.astype(np.float32))
-    for options in ({"guidance": float("nan")}, {"steps": 0}, {"overlap": 4}, {"eta": 2.0}, {"rescale": -1.0}):
+    for options in ({"guidance": float("nan")}, {"steps": 0}, {"history_level": 1000}, {"overlap": 4}, {"eta": 2.0}, {"rescale": -1.0}):
         with raises(RequestError, next(iter(options))):
             small_world(**options)
 
@@ -1374,6 +1382,19 @@ def test_the_gripper_is_read_off_frames_and_its_directions_off_episodes():
         assert (reader(frames) - places).norm(dim=1).mean() < 4  # and about 20 for the mean place
     across, up = obedience.directions(episodes)
     assert across[0] > 0 and across[1] > 0 and up[2] < 0  # x and y go to the right of the picture, z goes up
+
+
+def test_transfers_and_ablations_are_compared():
+    code, printed = run_command(transfers.main, "--clips", 1, "--out", folder())
+    rows = [row.split("|") for row in printed.splitlines() if re.match(r"\| (mixed|shift|masked|extrapolative), (past|frame) ", row)]
+    assert code == 0 and len(rows) == 8 and all(0 < float(row[2].strip(" *")) < 10 for row in rows)
+    out = folder()
+    words = ["--variants", "as it is", "from scratch", "--seeds", 1, "--steps", 2, "--cooldown", 1, "--batch", 1, "--frames", 4, "--workers", 0,
+             "--val-clips", 1, "--episodes", 1, "--denoising-steps", 1, "--out", out]
+    code, printed = run_command(ablations.main, *words)
+    assert code == 0 and "| as it is |" in printed and "| from scratch |" in printed, printed
+    start = time.time()
+    assert run_command(ablations.main, *words)[1] == printed and time.time() - start < 2  # what is done is not done again
 
 
 def test_measurements_refuse_what_they_cannot_measure():

@@ -1159,6 +1159,9 @@ def test_noise_and_masks_belong_to_the_clip_not_to_the_batch():
     shared = train.draw(model, actions, [0, 1, 2, 3], 0, 0.5, 0.5, shared_level=True)
     assert all(len(levels.unique()) == 1 for levels in shared.pop("k")) and len(shared) == 4
     assert all(torch.equal(together[name], shared[name]) for name in shared)
+    clear = train.draw(model, actions, [0, 1, 2, 3], 0, 0.5, 0.5, clear_frames=0.5)
+    lowered = clear["k"] != together["k"]  # some frames of the clip, each by itself, to the lowest tenth of the levels
+    assert 0 < lowered.sum() < lowered.numel() and (clear["k"] < 100)[lowered].all()
 
 
 def test_a_passive_model_learns_without_actions_and_without_causality():

@@ -84,17 +84,22 @@ class PostTraining(nn.Module):
 
 
 def draw(model: Model, actions: Tensor, clips: list[int], seed: int, action_dropout: float, image_dropout: float,
-         shared_level: bool = False) -> dict[str, Tensor]:
-    """All that is random about a batch but dropout, each clip's a function of (seed, its number)."""
+         shared_level: bool = False, clear_frames: float = 0.0) -> dict[str, Tensor]:
+    """All that is random about a batch but dropout, each clip's a function of (seed, its number).
+
+    A rollout's history is clear, and levels drawn uniformly rarely are: both frames before are below level 100 once in a
+    hundred times. `clear_frames` is the chance of a frame to be drawn from the lowest tenth of the levels in place of all.
+    """
     def draw_clip(clip: int, actions: Tensor) -> dict[str, Tensor]:
         T = actions.shape[1]
         generator = torch.Generator().manual_seed(entropy(seed, clip))
         k = torch.randint(LEVELS, (T,), generator=generator)  # a noise level for every frame
-        return {"k": k[:1].expand(T) if shared_level else k,
-                "noise": torch.randn(T, *model.latent_shape, generator=generator),
+        return {"noise": torch.randn(T, *model.latent_shape, generator=generator),
                 "posterior": torch.randn(T, *model.latent_shape, generator=generator),
                 "action_mask": drop_actions(actions, action_dropout, generator)[0],
-                "keep_image": (torch.rand((), generator=generator) >= image_dropout).float()}
+                "keep_image": (torch.rand((), generator=generator) >= image_dropout).float(),
+                "k": k[:1].expand(T) if shared_level else
+                torch.where(torch.rand(T, generator=generator) < clear_frames, k // 10, k)}
 
     drawn = [draw_clip(clip, actions[i : i + 1]) for i, clip in enumerate(clips)]
     return {name: torch.stack([clip[name] for clip in drawn]) for name in drawn[0]}
@@ -222,7 +227,8 @@ def train(args: argparse.Namespace) -> int:
                 damaged.add(message)
             accumulating = world > 1 and micro < args.accumulate - 1
             with trainee.no_sync() if accumulating else nullcontext():
-                loss = batch_loss(trainee, model, batch, args.seed, args.action_dropout, args.image_dropout, args.shared_level)
+                loss = batch_loss(trainee, model, batch, args.seed, args.action_dropout, args.image_dropout, args.shared_level,
+                                  args.clear_frames)
                 (loss / args.accumulate).backward()
             step_loss += loss.item() / args.accumulate
         nn.utils.clip_grad_norm_(parameters, args.clip_grad)
@@ -264,8 +270,8 @@ def clip_order(args: argparse.Namespace, start: int, rank: int, world: int) -> I
 
 
 def batch_loss(trainee: nn.Module, model: Model, batch: dict, seed: int, action_dropout: float,
-               image_dropout: float, shared_level: bool) -> Tensor:
-    draws = draw(model, batch["actions"], batch["index"], seed, action_dropout, image_dropout, shared_level)
+               image_dropout: float, shared_level: bool, clear_frames: float = 0.0) -> Tensor:
+    draws = draw(model, batch["actions"], batch["index"], seed, action_dropout, image_dropout, shared_level, clear_frames)
     draws = {name: tensor.to(model.device) for name, tensor in draws.items()}
     return trainee(batch["frames"].to(model.device), batch["actions"].to(model.device), draws)
 
@@ -328,6 +334,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--clip-grad", type=float, default=0.5)
     add("--passive", action="store_true", help="pretrain a passive model: bidirectional, without actions, one noise level per clip")
     add("--shared-level", action="store_true", help="one noise level per clip (without diffusion forcing, for comparison)")
+    add("--clear-frames", type=float, default=0.0, help="chance that a frame's noise level is of the lowest tenth, as a "
+                                                        "rollout's history is; the paper's is 0: uniform levels")
     add("--action-dropout", type=float, default=0.2, help="chance that a frame's action is hidden")
     add("--image-dropout", type=float, default=0.05, help="chance that a clip's anchor image is blank")
     add("--dropout", type=float, help="of every layer that has one; if left out, the network's own")

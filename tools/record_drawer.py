@@ -19,8 +19,10 @@ and in all but the expert's the gripper opens and closes at random. The episodes
 split and the file's number; files that exist already are left as they are.
 """
 import argparse
+import multiprocessing
 import os
 import zlib
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -175,6 +177,28 @@ def to_jpeg(frame: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+@cache
+def simulator_of(task: str) -> Simulator:
+    return Simulator(task)
+
+
+def record_file(args: argparse.Namespace, files: int, number: int) -> int:
+    """Record file `number` of `files`, unless it is there; returns how many episodes it holds."""
+    path = Path(args.out) / f"fractal20220817_data-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
+    episodes = range(number * args.per_file, min((number + 1) * args.per_file, args.episodes))
+    if not path.exists():
+        payloads = []
+        for i in episodes:
+            rng = np.random.default_rng([args.seed, zlib.crc32(f"{args.world} {args.split}".encode()), i])
+            task = WORLDS[args.world][i // len(BEHAVIOURS) % len(WORLDS[args.world])]
+            episode = record(simulator_of(task), BEHAVIOURS[i % len(BEHAVIOURS)], rng)
+            payloads.append(encode(episode, with_actions=args.world == "drawer"))
+        unfinished = path.with_suffix(".partial")
+        write_records(unfinished, payloads)
+        unfinished.replace(path)
+    return len(episodes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Record episodes of a simulated robot arm.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -184,28 +208,14 @@ def main() -> None:
     parser.add_argument("--per-file", type=int, default=32)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2, help="files recorded at a time")
     args = parser.parse_args()
 
-    out, files = Path(args.out), -(-args.episodes // args.per_file)
-    out.mkdir(parents=True, exist_ok=True)
-    simulators: dict[str, Simulator] = {}
-    with tqdm(total=args.episodes, unit="episode") as bar:
-        for number in range(files):
-            path = out / f"fractal20220817_data-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
-            payloads = []
-            for i in range(number * args.per_file, min((number + 1) * args.per_file, args.episodes)):
-                if not path.exists():
-                    rng = np.random.default_rng([args.seed, zlib.crc32(f"{args.world} {args.split}".encode()), i])
-                    task = WORLDS[args.world][i // len(BEHAVIOURS) % len(WORLDS[args.world])]
-                    if task not in simulators:
-                        simulators[task] = Simulator(task)
-                    episode = record(simulators[task], BEHAVIOURS[i % len(BEHAVIOURS)], rng)
-                    payloads.append(encode(episode, with_actions=args.world == "drawer"))
-                bar.update()
-            if payloads:
-                partial = path.with_suffix(".partial")
-                write_records(partial, payloads)
-                partial.replace(path)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    files = -(-args.episodes // args.per_file)
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool, tqdm(total=args.episodes, unit="episode") as bar:
+        for recorded in pool.imap_unordered(partial(record_file, args, files), range(files)):
+            bar.update(recorded)
 
 
 if __name__ == "__main__":

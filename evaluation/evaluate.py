@@ -144,14 +144,14 @@ def check_actions(world: WorldModel, data: str) -> None:
         raise DataError(f"{data} has actions of {DATA_SETS[data].action_dim} numbers, but this model takes {world.action_dim}")
 
 
-def add_world_options(parser: argparse.ArgumentParser, steps: int) -> None:
+def add_world_options(parser: argparse.ArgumentParser, steps: int, eta: float = 1.0) -> None:
     parser.add_argument("--checkpoint", default=str(TINY_WORLD), help="as in sample.py")
     parser.add_argument("--data", choices=DATA_SETS, default="rt1")
     parser.add_argument("--root", help="the data set's folder; if left out, datasets/ or else the bundled episodes")
     parser.add_argument("--episodes", type=int, help="held-out episodes; if left out, all")
     parser.add_argument("--frames", type=int, default=16, help="of an episode, given ones included")
     parser.add_argument("--steps", type=int, default=steps, help="denoising steps per frame")
-    parser.add_argument("--eta", type=float, default=1.0)
+    parser.add_argument("--eta", type=float, default=eta)
     parser.add_argument("--history-level", type=int, default=39, help="noise level at which the history is held")
     parser.add_argument("--batch", type=int, default=8, help="worlds side by side")
     parser.add_argument("--seed", type=int, default=0)

@@ -130,7 +130,7 @@ def sweep(world: WorldModel, starts: np.ndarray, action_dim: int, batch: int) ->
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure how well the bundled world obeys.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_world_options(parser, steps=20)
+    add_world_options(parser, steps=6, eta=0.0)
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0])
     parser.add_argument("--sweeps", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="evaluations/obedience", help="folder for the pictures")

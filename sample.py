@@ -316,7 +316,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--actions", help="take the actions of this .npy file, [T - 1, A], and not the episode's")
     add("--repeat-action", nargs="*", type=float, metavar="NUMBER",
         help="repeat one action: the numbers given, or without numbers the episode's first")
-    add("--guidance", type=float, default=2.0, help="1 follows the action as trained, more exaggerates it")
+    add("--guidance", type=float, help="1 follows the action as trained, more exaggerates it; if left out, 2, or 1 with --play")
     add("--rescale", type=float, default=0.7, help="pull back the contrast that guidance adds, 0 to 1")
     add("--steps", type=int, help="denoising steps per frame; if left out, 50, or 4 with --play")
     add("--eta", type=float, help="fresh noise per step: 0 none, 1 as the paper; if left out, 1, or 0 with --play")
@@ -333,6 +333,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="with --play: the address to listen at")
     add("--port", type=int, default=8000, help="with --play")
     args = parser.parse_args(argv)
+    args.guidance = args.guidance if args.guidance is not None else 1.0 if args.play else 2.0
     args.steps = args.steps if args.steps is not None else 4 if args.play else 50
     args.eta = args.eta if args.eta is not None else 0.0 if args.play else 1.0
     return args

@@ -123,6 +123,7 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap as well
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the heap
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads, or each that comes and goes keeps its own
 
 
 def to_pixels(frames: Tensor) -> Tensor:

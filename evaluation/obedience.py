@@ -52,7 +52,7 @@ class GripperReader(nn.Module):
     @torch.no_grad()
     def read(self, frames: np.ndarray) -> np.ndarray:
         """uint8 [..., H, W, 3] -> [..., 2]."""
-        pixels = to_pixels(torch.from_numpy(frames.reshape(1, -1, *frames.shape[-3:])))[0]
+        pixels = to_pixels(torch.tensor(frames.reshape(1, -1, *frames.shape[-3:])))[0]
         return self(pixels).numpy().reshape(*frames.shape[:-3], 2)
 
 

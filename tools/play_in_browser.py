@@ -82,7 +82,8 @@ def play(page: Page, downloads: Path, screenshot: str | None) -> None:
     browser = page.browser
     page.until(lambda: page.frame() == 1, "the first frame is shown")
     latencies = []
-    for key, axis, sign, where in (("w", 1, -1, "up"), ("s", 1, 1, "down"), ("ArrowRight", 0, 1, "right"), ("ArrowLeft", 0, -1, "left")):
+    # Up first: above the drawer there is room on all sides.
+    for key, axis, sign, where in (("w", 1, -1, "up"), ("ArrowRight", 0, 1, "right"), ("ArrowLeft", 0, -1, "left"), ("s", 1, 1, "down")):
         before, start = page.gripper(), page.frame()
         page.key("keyDown", key)
         latencies.append(page.until(lambda: page.frame() > start, "a key changes the picture"))

@@ -126,6 +126,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads, or each that comes and goes keeps its own
 
 
+def return_freed_memory() -> None:
+    """On Linux: hand back what was kept. In play, worlds of all lengths come and go, and leave ever more gaps between them."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def to_pixels(frames: Tensor) -> Tensor:
     """uint8 [B, T, H, W, 3] -> float [B, T, 3, H, W] in [-1, 1]."""
     return frames.permute(0, 1, 4, 2, 3).contiguous().float() / 127.5 - 1

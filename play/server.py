@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from data import DataSet, Episodes
-from dynamicrafter.model import to_frames
+from dynamicrafter.model import return_freed_memory, to_frames
 from sample import WorldModel
 
 PAGE = Path(__file__).with_name("index.html")
@@ -132,6 +132,7 @@ class Session:
         self.moments.clear()
         self.played.clear()
         self.remember(to_frames(self.world.pixels)[0, 0])
+        return_freed_memory()
 
     def step(self, action: np.ndarray) -> None:
         with self.network:
@@ -162,6 +163,7 @@ class Session:
             setattr(self.world, name, moment.state[name])
         self.world.generator.set_state(moment.state["generator"])
         self.world.forget()
+        return_freed_memory()
 
     def gif(self) -> bytes:
         with self.changed:
@@ -170,6 +172,8 @@ class Session:
         images = [Image.fromarray(frame.repeat(factor, 0).repeat(factor, 1)) for frame in frames]
         file = BytesIO()
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / self.dataset.fps), loop=0)
+        del images
+        return_freed_memory()
         return file.getvalue()
 
 

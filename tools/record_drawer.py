@@ -15,8 +15,14 @@ that knows this need not look at the action. So a quarter of the episodes each c
     expert   the scripted policy with strong smooth noise          pause    motion and stillness in turn
     random   smooth noise alone                                    sweep    one direction at a time, at full speed
 
-and in all but the expert's the gripper opens and closes at random. The episodes of a file are a function of the seed, the
-split and the file's number; files that exist already are left as they are.
+and in all but the expert's the gripper opens and closes at random.
+
+And it learns only what it can see. Meta-World's actions move a point that pulls the hand, and where the hand cannot
+follow, at the drawer or at the end of the arm's reach, that point runs away from it: many an action then seems to do nothing, for
+a reason that no frame shows. So here the point stays within three centimetres of the hand, and an episode begins at rest.
+
+The episodes of a file are a function of the seed, the split and the file's number; files that exist already are left as
+they are.
 """
 import argparse
 import multiprocessing
@@ -36,6 +42,7 @@ FRAMES, STEPS_PER_FRAME = 24, 6
 HEIGHT, WIDTH = 64, 80  # of a recorded frame; rendered at twice that
 CAMERA, CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)
 LOW, HIGH = np.array([-0.4, 0.45, 0.06]), np.array([0.4, 0.9, 0.42])  # where the hand starts and turns back, in metres
+LEAD = 0.03  # metres, per axis, that the point which pulls the hand may be ahead of it
 WORLDS = {
     "drawer": ("drawer-close-v3", "drawer-open-v3"),
     "others": ("button-press-v3", "button-press-topdown-v3", "coffee-button-v3", "coffee-push-v3", "dial-turn-v3",
@@ -77,9 +84,14 @@ class Simulator:
         gripper = rng.choice([-1.0, 1.0])
         for _ in range(80):
             self.advance(np.append(np.clip(10 * (target - self.hand), -1, 1), gripper))
+        self.env.data.mocap_pos[0] = self.hand
+        for _ in range(20):  # come to rest
+            self.advance(np.array([0, 0, 0, gripper]))
 
     def advance(self, action: np.ndarray) -> None:
         self.observation, *_ = self.env.step(action.astype(np.float32))
+        lead = self.env.data.mocap_pos[0] - self.hand
+        self.env.data.mocap_pos[0] = self.hand + np.clip(lead, -LEAD, LEAD)
 
     @property
     def hand(self) -> np.ndarray:
@@ -193,7 +205,7 @@ def record_file(args: argparse.Namespace, files: int, number: int) -> int:
             task = WORLDS[args.world][i // len(BEHAVIOURS) % len(WORLDS[args.world])]
             episode = record(simulator_of(task), BEHAVIOURS[i % len(BEHAVIOURS)], rng)
             payloads.append(encode(episode, with_actions=args.world == "drawer"))
-        unfinished = path.with_suffix(".partial")
+        unfinished = path.with_name(path.name + ".partial")  # of this file alone: others are being written beside it
         write_records(unfinished, payloads)
         unfinished.replace(path)
     return len(episodes)

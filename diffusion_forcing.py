@@ -24,7 +24,6 @@ Paper: section 3 and 4.1; diffusion forcing: Chen et al. 2024, arXiv 2407.01392.
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEVELS = 1000
@@ -94,13 +93,20 @@ class NoiseSchedule(nn.Module):
 
 
 def diffusion_forcing_loss(denoise: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, latents: Tensor,
-                           k: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity, every frame at a level of its own.
+                           k: Tensor, noise: Tensor, measure: str = "velocity") -> Tensor:
+    """Mean squared error of the prediction, every frame at a level of its own.
 
     denoise(x, k) -> v is the network with its conditions filled in
     latents, noise [B, T, C, h, w]; k [B, T], drawn uniformly from 0..999, independently per frame
+    measure  "velocity", the paper's: of v itself. At low levels v is almost all noise, which a nearly clean frame hides best,
+             so there the loss is largest, and there is least to learn about the world.
+             "clean": of the clean latents that v stands for, s·z = √ᾱ·x - √(1-ᾱ)·v; so of √(1-ᾱ)·v.
 
     Paper: section 4.1, the training objective.
     """
     x = schedule.add_noise(latents, k, noise)
-    return F.mse_loss(denoise(x, k).float(), schedule.velocity(latents, k, noise))
+    error = denoise(x, k).float() - schedule.velocity(latents, k, noise)
+    if measure == "clean":
+        alpha, _ = schedule._at(k, x)
+        error = (1 - alpha).sqrt() * error
+    return error.square().mean()

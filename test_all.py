@@ -541,6 +541,15 @@ def test_the_loss_is_zero_for_a_network_that_knows_and_compares_velocities():
     assert torch.allclose(nothing, schedule.velocity(z, k, noise).square().mean())
 
 
+def test_the_loss_in_clean_latents_is_the_error_of_what_the_velocity_stands_for():
+    schedule, z, noise, k = NoiseSchedule(), *torch.randn(2, 2, 3, 4, 5, 6), torch.randint(1000, (2, 3))
+    guess = torch.randn_like(z)
+    loss = diffusion_forcing_loss(lambda x, k: guess, schedule, z, k, noise, measure="clean")
+    alpha, scale = schedule.alphas_cumprod[k].view(2, 3, 1, 1, 1), schedule.scale[k].view(2, 3, 1, 1, 1)
+    clean = alpha.sqrt() * schedule.add_noise(z, k, noise) - (1 - alpha).sqrt() * guess
+    assert torch.allclose(loss, (clean - scale * z).square().mean(), rtol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # action_guidance.py
 

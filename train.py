@@ -62,9 +62,9 @@ LAPTOP = {"batch": 4, "lr": 1e-3, "steps": 500, "warmup": 50, "cooldown": 250, "
 class PostTraining(nn.Module):
     """The loss of a batch, as one module, so that DistributedDataParallel can wrap it."""
 
-    def __init__(self, model: Model, bf16: bool):
+    def __init__(self, model: Model, bf16: bool, measure: str = "velocity"):
         super().__init__()
-        self.model, self.bf16 = model, bf16
+        self.model, self.bf16, self.measure = model, bf16, measure
 
     def forward(self, frames: Tensor, actions: Tensor, draws: dict[str, Tensor]) -> Tensor:
         """frames uint8 [B, T, H, W, 3], actions [B, T, A] as stored, and what `draw` drew for these clips."""
@@ -80,7 +80,7 @@ class PostTraining(nn.Module):
             def denoise(x: Tensor, k: Tensor) -> Tensor:
                 return model.denoise(x, k, latents[:, :1], context, led_to, draws["action_mask"])
 
-            return diffusion_forcing_loss(denoise, model.schedule, latents, draws["k"], draws["noise"])
+            return diffusion_forcing_loss(denoise, model.schedule, latents, draws["k"], draws["noise"], self.measure)
 
 
 def draw(model: Model, actions: Tensor, clips: list[int], seed: int, action_dropout: float, image_dropout: float,
@@ -193,7 +193,7 @@ def train(args: argparse.Namespace) -> int:
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, fused=True)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-    trainee = PostTraining(model, args.bf16)
+    trainee = PostTraining(model, args.bf16, args.measure)
     if world > 1:  # which also hands the weights of the first process, its autoencoder included, to the others
         trainee = DistributedDataParallel(trainee, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -336,6 +336,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shared-level", action="store_true", help="one noise level per clip (without diffusion forcing, for comparison)")
     add("--clear-frames", type=float, default=0.0, help="chance that a frame's noise level is of the lowest tenth, as a "
                                                         "rollout's history is; the paper's is 0: uniform levels")
+    add("--measure", choices=["velocity", "clean"], default="velocity", help="what the loss is an error of: the velocity (the paper's), "
+                                                                             "or the clean latents, so that nearly clean frames count little")
     add("--action-dropout", type=float, default=0.2, help="chance that a frame's action is hidden")
     add("--image-dropout", type=float, default=0.05, help="chance that a clip's anchor image is blank")
     add("--dropout", type=float, help="of every layer that has one; if left out, the network's own")

@@ -37,6 +37,7 @@ VARIANTS = {  # name -> arguments of train.py
     "no action dropout": ["--action-dropout", "0"],  # and so no guidance
     "no diffusion forcing": ["--shared-level"],
     "clear frames": ["--clear-frames", "0.6"],  # not the paper's: levels as a rollout's history has them, more often
+    "clear frames, clean measure": ["--clear-frames", "0.6", "--measure", "clean"],  # and nearly clean frames count little
     "from scratch": ["--scratch"],  # but for the autoencoder and the image tower
 }
 

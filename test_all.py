@@ -1336,12 +1336,12 @@ def test_the_evaluation_command_measures_continues_and_shares():
 
 def test_the_bundled_world_foretells_what_actions_do():
     episodes = open_episodes("rt1", SAMPLES, "val").where(np.arange(6))
-    world = sample.load_world(TINY_WORLD, guidance=1.0, steps=6)
+    world = sample.load_world(TINY_WORLD, guidance=1.0, steps=2, eta=0.0, history_level=39)
     (frames, actions), = evaluate.read_batches(episodes, 16, 6, world.model.config.size)
     tally = evaluate.evaluate(world, episodes, frames=16, context=1, batch=6)
     right, repeating = (tally.sums[name].mean() / 6 for name in ("psnr", "psnr of repeating"))
     misled = metrics.psnr(evaluate.imagine(world, frames, np.roll(actions, 1, axis=0)[:, :-1]), frames)[:, 1:].mean()
-    assert tally.sums["psnr"].shape == (15,) and right > repeating + 2 and right > misled + 2, (right, repeating, misled)
+    assert tally.sums["psnr"].shape == (15,) and right > repeating + 4 and right > misled + 4, (right, repeating, misled)
 
 
 def test_the_bundled_files_are_small_and_halved():

@@ -30,6 +30,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+import torch
 from PIL import Image
 
 from data import DataSet, Episodes
@@ -391,6 +392,8 @@ class PlayServer(ThreadingHTTPServer):
 
 def play(make_world, dataset: DataSet, episodes: Episodes, host: str, port: int, fastest: float = 8.0) -> None:
     """Serve until Ctrl-C. Raises OSError if the port is taken."""
+    # Half of the cores are left to the browser: threads that wait for each other all stand still when it takes the core of one.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     with PlayServer((host, port), make_world, dataset, episodes, fastest) as server:
         if host not in ("127.0.0.1", "localhost"):
             print(f"warning: everyone who can reach {host} can play here, and there is no password")

@@ -278,7 +278,7 @@ def batch_loss(trainee: nn.Module, model: Model, batch: dict, seed: int, action_
 
 @torch.no_grad()
 def validate(model: Model, held_out: Episodes, args: argparse.Namespace) -> float:
-    """Mean loss on held-out clips: always the same clips, noise and levels (of a world model, a level per frame), nothing dropped."""
+    """Mean loss of the velocity on held-out clips: always the same clips, noise and levels (of a world model, a level per frame), nothing dropped."""
     model.eval()
     clips = Clips(held_out, args.frames, tuple(args.size), args.seed)
     losses = []

@@ -25,7 +25,7 @@ def memory(process: int) -> float:
 
 
 class Tab:
-    """Listens to the stream in a thread of its own, and counts frames."""
+    """Listens to the stream in a thread of its own, and keeps the rates that come with frames."""
 
     def __init__(self, port: int):
         self.port, self.rates, self.kept, self.session = port, [], [], None

@@ -1,30 +1,36 @@
 """Attention over time that looks only back.
 
-At every pixel of the feature map the T frames form a short sequence, and each frame asks the others what
-they know: that is how DynamiCrafter keeps a scene consistent. A world model keeps the question and forbids
-the answers from the future, with the mask of a language model:
+At every pixel of the feature map the T frames form a short sequence, and each frame asks the others
+what they know: that is how DynamiCrafter keeps a scene consistent. A world model keeps the question
+and forbids the answers from the future, with the mask of a language model:
 
-                 key frame                 Frame t attends to frames 0 .. t. No weight changes: a softmax
+                 key frame                 Frame t attends to frames 0 .. t. No weight changes: a
+                                           softmax
                  0  1  2  3                over fewer frames is still a softmax, so the pretrained queries,
        query  0  ■                         keys and values mean what they meant before.
        frame  1  ■  ■
               2  ■  ■  ■                   There is no positional encoding of time; order reaches the
               3  ■  ■  ■  ■                network through the convolutions (causal_conv.py) alone.
 
-In a rollout the keys and values of frames that are done are kept (`Cache`, causal_conv.py), as a language model keeps
-those of the words so far, and only the new frame asks.
+In a rollout the keys and values of finished frames are kept, as a language model keeps those of the
+words so far, and only the new frame asks (temporal/cache.py).
 
-Paper: section 4.1. The classes carry DynamiCrafter's parameter names, so its weights load as they are.
+    python causal_attention.py        shows the weights with and without the mask
+
+Paper: section 4.1. The classes carry DynamiCrafter's parameter names, so its weights load as they
+are.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causal_conv import Cache, TemporalNorm
+from dynamicrafter.layers import FeedForward, merge_heads, split_heads, zero_init
+from temporal.cache import Cache
+from temporal.norm import TemporalNorm
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, each position seeing itself and those before it if `causal`."""
+    """Multi-head self-attention; if `causal`, each position sees itself and those before it."""
 
     def __init__(self, channels: int, heads: int, head_channels: int, causal: bool = False):
         super().__init__()
@@ -36,66 +42,44 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, channels))
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [N, L, C]
-        q, k, v = (split_heads(to(x), self.heads) for to in (self.to_q, self.to_k, self.to_v))  # [N, heads, L, d]
-        sees = None
-        if cache is not None:
-            k, v = self.past_and_present(cache, k, v)  # [N, heads, past + L, d]
-            sees = cache.sees(x.shape[1], x.device)
-        if sees is not None and len(sees) <= 3:
-            return self.to_out(merge_heads(attend_plainly(q, k, v, sees)))
-        return self.to_out(merge_heads(F.scaled_dot_product_attention(q, k, v, sees, is_causal=self.causal and sees is None)))
+        q = split_heads(self.to_q(x), self.heads)  # [N, heads, L, d]
+        k = split_heads(self.to_k(x), self.heads)
+        v = split_heads(self.to_v(x), self.heads)
+        if cache is None:
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        else:
+            k, v = self.past_and_present(k, v, cache)  # [N, heads, past + L, d]
+            attended = attend_plainly(q, k, v, cache.sees(x.device))
+        return self.to_out(merge_heads(attended))
 
-    def past_and_present(self, cache: Cache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values behind the remembered ones. A pass that does not append leaves the count of
-        frames as it was, so that the next pass writes over what it wrote."""
-        if self not in cache:
-            N, heads, _, d = k.shape
-            cache[self] = [k.new_empty(N, heads, cache.capacity + 1, d) for _ in range(2)]
-        end = cache.frames + k.shape[2]
-        for buffer, new in zip(cache[self], (k, v)):
-            buffer[:, :, cache.frames : end] = new
-        keys, values = cache[self]
+    def past_and_present(self, k: Tensor, v: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+        """Keys and values of the remembered frames and of the new ones, in buffers of the cache's
+        capacity.
+
+        The new ones are written behind the remembered ones; those of an alternative, or of a pass
+        that failed, are overwritten by the next pass.
+        """
+        N, heads, L, d = k.shape
+        room = cache.capacity + 1  # one alternative more
+        keys, values = cache.recall(self) or (k.new_empty(N, heads, room, d),
+                                              v.new_empty(N, heads, room, d))
+        start, end = cache.frames, cache.frames + L
+        keys[:, :, start:end], values[:, :, start:end] = k, v
+        cache.keep(self, keys, values)
         return keys[:, :, :end], values[:, :, :end]
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
-    """Attention written out: for a few queries at each of thousands of pixels, the fused kernel's overhead is the cost."""
+    """Attention written out. For one or two queries at each of thousands of pixels the fused kernel
+    takes two
+    to four times as long on the CPU (`python -m evaluation.speed --layers`)."""
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [N, heads, L, past + L]
     return scores.masked_fill(~sees, -torch.inf).softmax(dim=-1) @ v
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # [N, L, heads·d] -> [N, heads, L, d]
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(2)  # [N, heads, L, d] -> [N, L, heads·d]
-
-
-class GEGLU(nn.Module):
-    """One linear layer for value and gate; the gate goes through an exact GELU."""
-
-    def __init__(self, channels: int, hidden: int):
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = (F.linear(x, *half) for half in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        # DynamiCrafter has a dropout of 0 in the middle; the Identity keeps its place in the parameter names.
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TemporalBlock(nn.Module):
-    """Two self-attentions over time and a feed-forward, each behind a LayerNorm and added to its input."""
+    """Two self-attentions over time and a feed-forward, each behind a LayerNorm and added to its
+    input."""
 
     def __init__(self, channels: int, heads: int, head_channels: int, causal: bool):
         super().__init__()
@@ -121,7 +105,8 @@ class PointwiseConv1d(nn.Conv1d):
 
 
 class TemporalTransformer(nn.Module):
-    """Attention over time at every pixel, as a residual: norm, projection in, block, projection out.
+    """Attention over time at every pixel, as a residual: norm, projection in, block, projection
+    out.
 
     From scratch the projection out is zero, so that a new transformer changes nothing.
     """
@@ -132,16 +117,42 @@ class TemporalTransformer(nn.Module):
         inner = heads * head_channels
         self.norm = TemporalNorm(32, channels, eps=1e-6, scope=norm_scope)
         self.proj_in = projection(channels, inner)
-        self.transformer_blocks = nn.ModuleList([TemporalBlock(inner, heads, head_channels, causal)])
-        self.proj_out = projection(inner, channels)
-        nn.init.zeros_(self.proj_out.weight)
-        nn.init.zeros_(self.proj_out.bias)
+        self.transformer_blocks = nn.ModuleList([TemporalBlock(inner, heads, head_channels,
+                                                               causal)])
+        self.proj_out = zero_init(projection(inner, channels))
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
         B, C, T, H, W = x.shape
-        h = self.norm(x, cache).permute(0, 3, 4, 2, 1).flatten(0, 2)  # [B·H·W, T, C], a sequence of frames at every pixel
-        h = self.proj_in(h)
+        h = self.norm(x, cache).permute(0, 3, 4, 2, 1)  # [B, H, W, T, C]
+        h = self.proj_in(h.flatten(0, 2))  # [B·H·W, T, C]: a sequence of frames at every pixel
         for block in self.transformer_blocks:
             h = block(h, cache)
-        h = self.proj_out(h)
-        return x + h.view(B, H, W, T, C).permute(0, 4, 3, 1, 2)
+        h = self.proj_out(h).view(B, H, W, T, C)
+        return x + h.permute(0, 4, 3, 1, 2)  # [B, C, T, H, W]
+
+
+def demo() -> None:
+    """The weights of one head over four frames, and a rollout's frame-by-frame attention against
+    the whole."""
+    torch.manual_seed(0)
+    attention, x = Attention(8, 1, 8, causal=True), torch.randn(1, 4, 8)
+    scores = attention.to_q(x) @ attention.to_k(x).transpose(1, 2) / 8**0.5  # [1, 4, 4]
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    full = scores.softmax(dim=-1)[0].tolist()
+    masked = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)[0].tolist()
+    print("query frame    weights without the mask        with it")
+    for t in range(4):
+        rows = ("  ".join(f"{weight:.2f}" for weight in row[t]) for row in (full, masked))
+        print(f"{t:11}    {'          '.join(rows)}")
+    cache, streamed = Cache(capacity=4), []
+    for t in range(4):
+        cache.begin(frames=1)
+        streamed.append(attention(x[:, t : t + 1], cache))
+        cache.commit()
+    difference = (torch.cat(streamed, dim=1) - attention(x)).abs().max().item()
+    print(f"frame by frame over the cache, against the whole clip: they differ by {difference:.1f}")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        demo()

@@ -1,51 +1,49 @@
 """Convolution over time that looks only back, and how a pretrained one is carried over to it.
 
-DynamiCrafter is a passive video model: it denoises all frames of a clip together, so its temporal layers
-may look ahead. A world model may not. The next frame has to be imagined before the action after it is
-known, and whatever reads the future in training has nothing to read in use. So a kernel that is centred
-on its frame has to become one that ends there:
+DynamiCrafter is a passive video model: it denoises all frames of a clip together, so its temporal
+layers may look ahead. A world model may not. It predicts the next frame before anyone knows the
+action after it, and a kernel that has learned to read the future finds nothing there at inference.
+So a kernel that is centred on its frame becomes one that ends at its frame:
 
-        DynamiCrafter            world model               shift    every weight kept, one frame late
-          w₋₁ w₀ w₊₁              ?   ?   ?                masked   the future dropped
-           │  │  │                │   │   │                mixed    ... and the mean of the kernel on the unseen frame
-    frame t-1 t  t+1      frame  t-2 t-1  t                extrapolative   the future replaced by a line through the past
+        DynamiCrafter            world model
+          w₋₁ w₀ w₊₁              ?   ?   ?
+           │  │  │                │   │   │
+    frame t-1 t  t+1      frame  t-2 t-1  t
 
-The new kernel sees one frame that the old one never saw (t-2) and loses one that it was trained to see
-(t+1). `transfer_weights` holds the four ways to fill in the question marks; without any of them the
-pretrained knowledge about motion is lost.
+The new kernel sees one frame that the old one never saw (t-2), and loses one that the old one was
+trained to see (t+1). `transfer_weights` has four ways to fill in the question marks:
 
-Convolution is not all. A GroupNorm that takes its statistics over the whole clip tells the past about the
-future as well: change the last frame, and the mean of the clip, and with it every earlier frame, moves.
-`TemporalNorm` says over which frames the statistics run:
+    method          weight on t-2, t-1, t            what it keeps
+    mixed           w̄,   w₋₁,        w₀              weights in place; the unseen frame gets their mean w̄
+    shift           w₋₁, w₀,         w₊₁             every weight, each one frame late
+    masked          0,   w₋₁,        w₀              weights in place; the future is dropped
+    extrapolative   0,   w₋₁ - w₊₁,  w₀ + 2w₊₁       weights in place; the future is guessed by a line
 
-    scope       frames that the statistics of frame t see        causal
-    "clip"      0 1 2 ... T-1   (DynamiCrafter and the released Vid2World)   no
-    "past"      0 1 ... t       (the same as "clip" at the last frame)       yes
-    "frame"     t                                                            yes
+`mixed` is the default here and the first version of the paper (v1). `extrapolative` is its later
+version (v2, v3) and the one in the released checkpoints. No method adds, removes or renames a
+parameter.
 
-Neither change adds, removes or renames a parameter. Paper: section 4.1 (video diffusion causalization).
+    python causal_conv.py        shows the four on numbers
 
-What never looks ahead never has to look twice. Nothing that happens at frame t can change what a layer made of the
-frames before, so in a rollout those frames are not run again: each layer keeps the little that frame t will ask of
-them, and the network runs on frame t alone. That is the `Cache`:
-
-    frames    0   1   2   3   4  |  5                    convolution   its inputs at 3 and 4   (the kernel reaches no further)
-              ────────────────── |  ─                    attention     keys and values of 0 .. 4
-              remembered         |  new                  norm "past"   mean and variance of each of 0 .. 4
+Paper: section 4.1, Figure 3; theory in appendix A.1 to A.3.
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from temporal.cache import Cache
+from temporal.norm import TemporalNorm
+
 TRANSFER_METHODS = ("mixed", "shift", "masked", "extrapolative")
-NORM_SCOPES = ("clip", "past", "frame")
 
 
 def transfer_weights(kernel: Tensor, method: str) -> Tensor:
     """Turn a centred temporal kernel into a causal one of the same size.
 
     kernel  [out, in, n, ...], n odd: the weights on frames t-m .. t+m, with m = (n-1)/2
-    returns [out, in, n, ...]: the weights on frames t-2m .. t, to be used with n-1 zero frames on the left
+    returns [out, in, n, ...], float32 or better: the weights on frames t-2m .. t, to be used with
+    n-1 zero
+            frames on the left
 
     Raises ValueError for an unknown method or an even kernel size. Paper: section 4.1.
     """
@@ -54,135 +52,77 @@ def transfer_weights(kernel: Tensor, method: str) -> Tensor:
     n = kernel.shape[2]
     if n % 2 == 0:
         raise ValueError(f"a centred kernel has an odd number of frames, this one has {n}")
+    # half precision would round
+    kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
     if method == "shift":
         return kernel.clone()
 
     m = (n - 1) // 2
-    past_and_present, future = kernel[:, :, : m + 1], kernel[:, :, m + 1 :]  # frames t-m .. t and t+1 .. t+m
+    # t-m .. t and t+1 .. t+m
+    past_and_present, future = kernel[:, :, : m + 1], kernel[:, :, m + 1 :]
     causal = torch.zeros_like(kernel)
     causal[:, :, m:] = past_and_present
     if method == "mixed":
         causal[:, :, :m] = kernel.mean(dim=2, keepdim=True)
     if method == "extrapolative":
-        # The line through the last two frames, x[t+j] ≈ x[t] + j (x[t] - x[t-1]), moves the weight of every
-        # future frame onto those two.
+        # The line through the last two frames is x[t+j] ≈ x[t] + j (x[t] - x[t-1]), so the weight
+        # of a future frame moves onto those two.
         for j in range(1, m + 1):
             causal[:, :, -1] += (1 + j) * future[:, :, j - 1]
             causal[:, :, -2] -= j * future[:, :, j - 1]
     return causal
 
 
-class Cache(dict):
-    """What the frames so far leave behind for the next one: temporal layer -> what it keeps.
-
-    A pass through the network adds its frames to the memory, but for the last `alternatives` of them. These are not each other's
-    successors but alternatives for one next frame: each sees what is remembered, what the pass adds, and itself. So
-    guidance runs its two versions of a new frame, with and without the action, over one shared past.
-
-    capacity  frames that the memory can hold, with one alternative more
-
-    It holds, for one clip:
-
-        2 (capacity + 1) · Σ H·W·inner      over temporal attentions: keys and values, one more for an alternative
-        3 · Σ H·W·channels                  over temporal convolutions: two inputs, and what they add to the next frame
-        2 · frames · Σ 32                   over norms of scope "past": mean and variance of each group
-
-    numbers; in DynamiCrafter-512, 40×64 latents and 16 frames, 580 M + 90 M: 1.34 GB in bfloat16.
-    """
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity, self.frames, self.alternatives = capacity, 0, 0
-
-    @property
-    def nbytes(self) -> int:
-        tensors = [tensor for kept in self.values() for tensor in ([kept] if isinstance(kept, Tensor) else kept)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def sees(self, new: int, device: torch.device) -> Tensor:
-        """Which frames each frame of a pass sees, bool [new, frames + new]."""
-        appended = new - self.alternatives
-        sees = torch.ones(new, self.frames + new, dtype=torch.bool, device=device).tril(self.frames)
-        sees[appended:, self.frames + appended :] = torch.eye(self.alternatives, dtype=torch.bool, device=device)
-        return sees
-
-
 class TemporalConv(nn.Conv3d):
-    """Convolution over time at every pixel, kernel (n, 1, 1): centred, or ending at its own frame if `causal`."""
+    """Convolution over time at every pixel, kernel (n, 1, 1): centred, or ending at its own frame
+    if `causal`."""
 
     def __init__(self, channels: int, kernel_size: int = 3, causal: bool = False):
         super().__init__(channels, channels, (kernel_size, 1, 1))
-        self.pad_frames = (kernel_size - 1, 0) if causal else (kernel_size // 2, kernel_size // 2)
+        side = kernel_size // 2
+        self.pad_frames = (kernel_size - 1, 0) if causal else (side, side)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
-        if cache is None:
-            return self.convolve(F.pad(x, (0, 0, 0, 0, *self.pad_frames)), self.weight)
-        appended, alternatives = x.split([x.shape[2] - cache.alternatives, cache.alternatives], dim=2)
+        if cache is not None:
+            return self.continue_past(x, cache)
+        return self.convolve(F.pad(x, (0, 0, 0, 0, *self.pad_frames)))
+
+    def continue_past(self, x: Tensor, cache: Cache) -> Tensor:
+        """New frames behind the remembered ones: first those to append, then alternatives for the
+        next."""
+        B, C, _, H, W = x.shape
+        appended, alternatives = x.split([cache.appended, cache.alternatives], dim=2)
+        past, share = cache.recall(self) or (x.new_zeros(B, C, self.pad_frames[0], H, W), None)
         outputs = []
-        if appended.shape[2]:
-            past = cache[self][0] if self in cache else F.pad(x[:, :, :0], (0, 0, 0, 0, *self.pad_frames))  # zeros
-            appended = torch.cat([past, appended], dim=2)
-            past = appended[:, :, -past.shape[2] :].clone()
-            cache[self] = past, self.convolve(past, self.weight[:, :, :-1])
-            outputs.append(self.convolve(appended, self.weight))
-        if cache.alternatives:  # the past's share is known already; only the last column of the kernel is left
-            own = torch.matmul(self.weight[:, :, -1, 0, 0], alternatives.flatten(2)).view_as(alternatives)
-            outputs.append(own + cache[self][1])
+        if cache.appended:
+            frames = torch.cat([past, appended], dim=2)
+            outputs.append(self.convolve(frames))
+            past = frames[:, :, -past.shape[2] :].clone()
+            # of the next frame's output, whatever that frame is
+            share = self.convolve(past, kernel=slice(-1))
+            cache.keep(self, past, share)
+        # every denoising step comes here: only the kernel's last column is left to do
+        if cache.alternatives:
+            own = torch.matmul(self.weight[:, :, -1, 0, 0],
+                               alternatives.flatten(2)).view_as(alternatives)
+            outputs.append(own + share)
         return torch.cat(outputs, dim=2)
 
-    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """In two dimensions, time and pixel: PyTorch's 3-D convolution is slow for a single clip on the CPU."""
-        return F.conv2d(x.flatten(3), weight[..., 0], self.bias).unflatten(3, x.shape[3:])
-
-
-class TemporalNorm(nn.GroupNorm):
-    """GroupNorm of a video whose statistics run over the frames that `scope` names. Computes in float32."""
-
-    def __init__(self, groups: int, channels: int, eps: float = 1e-5, scope: str = "clip"):
-        super().__init__(groups, channels, eps)
-        if scope not in NORM_SCOPES:
-            raise ValueError(f"norm_scope is {scope!r}; it must be one of {', '.join(NORM_SCOPES)}")
-        self.scope = scope
-
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
-        if self.scope == "clip" and cache is None:
-            return super().forward(x)
-        if self.scope == "frame":
-            return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(x), -1)).transpose(1, 2)
-
-        groups = x.float().unflatten(1, (self.num_groups, -1))  # [B, G, C/G, T, H, W]
-        frame_mean = groups.mean((2, 4, 5), keepdim=True)  # [B, G, 1, T, 1, 1]
-        frame_var = (groups - frame_mean).square().mean((2, 4, 5))  # [B, G, T]
-        statistics = torch.stack([frame_mean.flatten(2), frame_var])  # [2, B, G, T]
-        if cache is None:
-            sees = torch.ones(x.shape[2], x.shape[2], device=x.device).tril()
-        else:  # here a norm over the whole clip, too, sees no more than the past
-            sees = cache.sees(x.shape[2], x.device)
-            statistics = torch.cat([cache[self], statistics], dim=-1) if self in cache else statistics
-            cache[self] = statistics[..., : statistics.shape[-1] - cache.alternatives]
-        mean, var = pool(*statistics, sees)  # [B, G, T]
-
-        scale = (var + self.eps).rsqrt()[:, :, None] * self.weight.view(self.num_groups, -1, 1)  # [B, G, C/G, T]
-        shift = self.bias.view(self.num_groups, -1, 1) - mean[:, :, None] * scale
-        return torch.addcmul(shift[..., None, None], groups, scale[..., None, None]).flatten(1, 2)
-
-
-def pool(mean: Tensor, var: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
-    """From each frame's own mean and variance, [..., P + T], to those of all the frames that each new one sees, [..., T].
-
-    The pooled variance is the mean of the variances plus the spread of the means around the pooled mean.
-    """
-    share = sees / sees.sum(dim=1, keepdim=True)  # [T, P + T]: equal weights
-    pooled = mean @ share.T
-    spread = (mean[..., None, :] - pooled[..., None]).square()  # [..., T, P + T]
-    return pooled, ((var[..., None, :] + spread) * share).sum(-1)
+    def convolve(self, x: Tensor, kernel: slice = slice(None)) -> Tensor:
+        """The convolution without padding, as one in two dimensions, (time, pixel): a 3-D one of a
+        single
+        clip takes PyTorch several times as long on the CPU (`python -m evaluation.speed
+        --layers`)."""
+        weight = self.weight[:, :, kernel, :, 0]  # [C, C, n, 1]
+        return F.conv2d(x.flatten(3), weight, self.bias).unflatten(3, x.shape[3:])
 
 
 class TemporalConvBlock(nn.Module):
-    """Four times norm, SiLU, temporal convolution, in one residual: what every residual block of the U-Net ends with.
+    """Four times norm, SiLU, temporal convolution, in one residual: the end of every residual block
+    of the U-Net.
 
-    DynamiCrafter's dropout of 0.1 from the second on is part of the block. From scratch the last convolution is zero,
-    so that a new block changes nothing.
+    DynamiCrafter's dropout of 0.1, from the second on, is part of the block. From scratch the last
+    convolution is zero, so that a new block changes nothing.
     """
 
     def __init__(self, channels: int, causal: bool, norm_scope: str):
@@ -207,3 +147,29 @@ class TemporalConvBlock(nn.Module):
                 h = layer(h)
             h = conv(h, cache)
         return x + h
+
+
+def demo() -> None:
+    """The kernel (1, 2, 3) on the ramp x[t] = t, read off at t = 4."""
+    ramp = torch.arange(8.0).view(1, 1, 8, 1, 1)
+    kernel = torch.tensor([1.0, 2, 3]).view(1, 1, 3, 1, 1)
+    notes = {"shift": "one frame late: the centred output at t = 3",
+             "extrapolative": "exact on anything linear in time"}
+
+    def output(weight: Tensor, causal: bool) -> float:
+        conv = TemporalConv(1, causal=causal)
+        conv.load_state_dict({"weight": weight, "bias": torch.zeros(1)})
+        return conv(ramp)[0, 0, 4].item()
+
+    print("method         kernel         on         output at t = 4")
+    print(f"centred        ( 1,  2,  3)   3, 4, 5    {output(kernel, causal=False):4.0f}")
+    for method in TRANSFER_METHODS:
+        weight = transfer_weights(kernel, method)
+        taps = ", ".join(f"{w:2.0f}" for w in weight.flatten().tolist())
+        print(f"{method:14} ({taps})   2, 3, 4    {output(weight, causal=True):4.0f}  "
+              f"{notes.get(method, '')}".rstrip())
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        demo()

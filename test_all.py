@@ -1,12 +1,10 @@
-"""Every claim that a CPU can check. `python test_all.py` or `pytest test_all.py`; no GPU, no network, no downloads.
+"""Every claim that a CPU can check. `python test_all.py` or `pytest test_all.py`; no GPU, no
+network, no downloads.
 
-A test's name is the claim. Sections follow the files. `golden/` holds inputs and outputs of the original networks
-at small sizes; their weights come from a recipe (`recipe` below), so both sides can have the same ones without
-any being stored.
+A test's name is the claim. Sections follow the files. `testing/` builds what they need; `golden/`
+holds inputs and outputs of the original networks at small sizes.
 """
-import base64
 import contextlib
-import http.client
 import io
 import json
 import os
@@ -17,12 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
+import warnings
 from dataclasses import replace
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -34,108 +31,91 @@ import data
 import sample
 import train
 from action_guidance import align_actions, drop_actions, guide
-from causal_conv import TRANSFER_METHODS, Cache, TemporalConv, TemporalNorm, transfer_weights
-from data import SAMPLES, Clips, DataError, collate, fit_frames, open_episodes
-from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss
+from bundled.bundle_checkpoint import bundle_base, bundle_world
+from bundled.tune_decoder import tune_decoder
+from causal_conv import TRANSFER_METHODS, TemporalConv, transfer_weights
+from data import SAMPLES, Clips, collate, fit_frames, open_episodes
+from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss, draw_levels
+from dynamicrafter import checkpoint
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
+from dynamicrafter.checkpoint import read_checkpoint, read_lightning
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig, preprocess
-from dynamicrafter.model import PRESETS, TINY_BASE, TINY_WORLD, Model, ModelConfig, from_dynamicrafter, from_vid2world, load_model
+from dynamicrafter.layers import sinusoidal_embedding
 from dynamicrafter.resampler import Resampler, ResamplerConfig
-from evaluation import ablations, evaluate, metrics, obedience, transfers
+from episodes import tfrecord
+from episodes.crc32c import crc32c
+from episodes.images import decode, decode_all
+from episodes.npz import read_npy
+from episodes.tfrecord import (
+    encode_example,
+    encode_field,
+    feature_numbers,
+    parse_example,
+    write_records,
+)
+from errors import CheckpointError, DataError, RequestError, UserError
+from evaluation import ablations, controllability, evaluate, metrics, transfers
+from evaluation.nar import imagine_together
+from model.saving import (
+    TINY_BASE,
+    TINY_SAMPLING,
+    TINY_WORLD,
+    from_dynamicrafter,
+    from_vid2world,
+    load_model,
+    preset_of,
+)
+from model.vid2world import PRESETS, Model, ModelConfig
+from play import __main__ as play
 from play.server import PlayServer
-from sample import RequestError, WorldModel
-from tools.bundle_checkpoint import bundle_base, bundle_world
-from tools.tfrecord import crc32c, encode_example, encode_field, feature_numbers, parse_example, write_records
-from tools.tune_decoder import tune_decoder
-from unet import CheckpointError, UNet, UNetConfig, load_dynamicrafter, load_vid2world, read_checkpoint, \
-    sinusoidal_embedding
+from sample import Sampling, WorldModel
+from temporal.cache import Cache
+from temporal.norm import TemporalNorm, past_by_definition
+from testing.commands import folder, free_port, raises, refused, run_command
+from testing.episodes import encode_jpeg, flip_byte, make_episode, make_rt1, shard_of
+from testing.golden import (
+    error_of,
+    full_size_parts,
+    golden,
+    names_of,
+    network_inputs,
+    recipe,
+    released_names,
+    with_recipe,
+)
+from testing.networks import small_networks
+from testing.player import Player, picture_of, play_server
+from testing.worlds import (
+    SMALL,
+    WORLD,
+    Exploit,
+    causal_network,
+    losses,
+    passes_of,
+    small_checkpoint,
+    small_episode,
+    small_world,
+    train_words,
+    write_safetensors,
+)
+from unet import UNet, UNetConfig, load_dynamicrafter, load_vid2world
 
 HERE = Path(__file__).parent
-SMALL = UNetConfig(model_channels=32, num_res_blocks=1, channel_mult=(1, 2), head_channels=16, context_dim=48, num_frames=4)
-WORLD = replace(SMALL, causal=True, norm_scope="frame", action_dim=13)
 os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp()  # indexes of this run's data
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What the tests are made of
-
-
-def golden(name: str) -> dict:
-    with np.load(HERE / "golden" / f"{name}.npz") as arrays:
-        return {key: json.loads(str(arrays[key])) if key == "config" else torch.from_numpy(arrays[key]) for key in arrays}
-
-
-def recipe(names_and_shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The golden weights: seeded by the full name of each parameter."""
-    weights = {}
-    for name, shape in names_and_shapes.items():
-        w = np.random.RandomState(crc32(name.encode())).standard_normal(shape).astype(np.float32)
-        if len(shape) >= 2:
-            w /= np.sqrt(np.prod(shape[1:]))
-        else:
-            w = 0.1 * w + (len(shape) == 1 and name.endswith("weight"))
-        weights[name] = torch.as_tensor(w, dtype=torch.float32)
-    return weights
-
-
-def with_recipe(network: nn.Module, prefix: str) -> nn.Module:
-    weights = recipe({prefix + name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
-    network.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
-    return network.eval()
-
-
-def error_of(ours: Tensor, theirs: Tensor) -> float:
-    """Relative L2 distance."""
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
-
-
-@contextlib.contextmanager
-def raises(kind: type[Exception], words: str):
-    """The block must raise `kind` with a message that matches `words`."""
-    try:
-        yield
-    except kind as error:
-        assert re.search(words, str(error)), f"the message {error!s:.300} lacks {words!r}"
-        assert "\n" not in str(error), f"more than one line: {error}"
-    else:
-        raise AssertionError(f"no {kind.__name__} was raised")
-
-
-def folder() -> Path:
-    return Path(tempfile.mkdtemp())
-
-
-def run_command(main, *words: object) -> tuple[int, str]:
-    """A command in this process: its exit code and what it printed."""
-    printed = io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            code = main([str(word) for word in words])
-    except SystemExit as leaving:  # argparse
-        code = leaving.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return code, printed.getvalue()
-
-
-def refused(main, *words: object, saying: str) -> None:
-    """The command must exit with code 2 after one sentence, and no traceback."""
-    code, printed = run_command(main, *words)
-    assert code == 2, f"exit code {code}\n{printed}"
-    assert "Traceback" not in printed and re.search(saying, printed), printed
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # causal_conv.py
 
 
 def old_and_new(method: str, x: Tensor, size: int = 3) -> tuple[Tensor, Tensor]:
-    """A centred convolution's output on x [B, C, T, H, W], and that of the causal one made from it."""
+    """A centred convolution's output on x [B, C, T, H, W], and that of the causal one made from it.
+    """
     torch.manual_seed(0)
-    old, new = TemporalConv(x.shape[1], size).double(), TemporalConv(x.shape[1], size, causal=True).double()
-    new.load_state_dict({"weight": transfer_weights(old.weight.detach(), method), "bias": old.bias.detach()})
+    old, new = TemporalConv(x.shape[1], size).double(), TemporalConv(x.shape[1], size,
+                                                                     causal=True).double()
+    new.load_state_dict({"weight": transfer_weights(old.weight.detach(), method),
+                         "bias": old.bias.detach()})
     with torch.no_grad():
         return old(x), new(x)
 
@@ -144,7 +124,8 @@ def test_each_transfer_is_its_formula():
     w = torch.randn(2, 3, 3, 1, 1)
     past, now, future = w[:, :, 0], w[:, :, 1], w[:, :, 2]
     zero, mean = 0 * now, (past + now + future) / 3
-    by_hand = {"shift": (past, now, future), "masked": (zero, past, now), "mixed": (mean, past, now),
+    by_hand = {"shift": (past, now, future), "masked": (zero, past, now),
+               "mixed": (mean, past, now),
                "extrapolative": (zero, past - future, now + 2 * future)}
     for method, taps in by_hand.items():
         assert torch.allclose(transfer_weights(w, method), torch.stack(taps, dim=2)), method
@@ -156,7 +137,8 @@ def test_transfers_hold_for_any_odd_kernel():
                 "extrapolative": [0, 0, 1, 2 - 4 - 2 * 5, 3 + 2 * 4 + 3 * 5]}
     for method, taps in expected.items():
         assert transfer_weights(w, method).flatten().tolist() == taps, method
-        assert torch.equal(transfer_weights(w[:, :, :1], method), w[:, :, :1]), f"{method} of a kernel of one frame"
+        assert torch.equal(transfer_weights(w[:, :, :1], method),
+                           w[:, :, :1]), f"{method} of a kernel of one frame"
 
 
 def test_shift_reproduces_the_old_output_one_frame_late():
@@ -184,10 +166,21 @@ def test_masked_and_mixed_keep_the_old_output_where_the_future_is_zero():
     unseen_before = x.clone()
     unseen_before[:, :, 1] = 0
     old_alone, mixed_alone = old_and_new("mixed", unseen_before)
-    assert torch.allclose(mixed_alone[:, :, 3], old_alone[:, :, 3])  # and so is frame 1, which only the mean looks at
+    # and so is frame 1, which only the mean looks at
+    assert torch.allclose(mixed_alone[:, :, 3], old_alone[:, :, 3])
     torch.manual_seed(0)
     mean = TemporalConv(4).double().weight.detach().mean(dim=2)[:, :, 0, 0]
-    assert torch.allclose(mixed[:, :, 3] - old[:, :, 3], torch.einsum("oi,bihw->bohw", mean, x[:, :, 1]))
+    assert torch.allclose(mixed[:, :, 3] - old[:, :, 3],
+                          torch.einsum("oi,bihw->bohw", mean, x[:, :, 1]))
+
+
+def test_kernels_in_half_precision_are_carried_over_in_float32():
+    half = torch.randn(4, 4, 3, 1, 1).half()
+    for method in TRANSFER_METHODS:
+        carried = transfer_weights(half, method)
+        assert carried.dtype == torch.float32 and torch.equal(carried,
+                                                              transfer_weights(half.float(),
+                                                                               method))
 
 
 def test_transfer_refuses_what_it_does_not_know():
@@ -207,40 +200,33 @@ def test_norm_scopes_see_the_frames_they_name():
     plain.load_state_dict(norms["clip"].state_dict())
     assert torch.equal(norms["clip"](x), plain(x))
     for t in range(5):
-        assert torch.allclose(norms["past"](x)[:, :, t], plain(x[:, :, : t + 1])[:, :, t], atol=1e-5)
+        assert torch.allclose(past_by_definition(plain, x)[:, :, t],
+                              plain(x[:, :, : t + 1])[:, :, t])
+        assert torch.allclose(norms["past"](x)[:, :, t], past_by_definition(plain, x)[:, :, t],
+                              atol=1e-5)
         assert torch.allclose(norms["frame"](x)[:, :, t], plain(x[:, :, t]), atol=1e-5)
     assert torch.allclose(norms["past"](x)[:, :, -1], norms["clip"](x)[:, :, -1], atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------
+def test_past_norms_compute_in_float32_under_autocast():
+    x = torch.randn(1, 64, 4, 3, 4) + 8  # a mean of 8 deviations, which bfloat16 would blur
+    norm = TemporalNorm(32, 64, scope="past")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = norm(x)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, norm(x))
+
+
+# --------------------------------------------------------------------------------------------------
 # unet.py, causal_attention.py: agreement with the originals
-
-
-def network_inputs(g: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, T, C, H, W], text [B, 77, D] and image [B, T, 16, D] from the originals' layout."""
-    T = g["x"].shape[2]
-    return g["x"].transpose(1, 2), g["context"][:, :77], g["context"][:, 77:].unflatten(1, (T, 16))
 
 
 @torch.no_grad()
 def test_unet_agrees_with_dynamicrafter():
     g = golden("unet_tiny")
     x, text, image = network_inputs(g)
-    y = with_recipe(UNet(SMALL), "model.diffusion_model.")(x, g["timesteps"], text, image, fps=g["fps"])
+    y = with_recipe(UNet(SMALL), "model.diffusion_model.")(x, g["timesteps"], text, image,
+                                                           fps=g["fps"])
     assert error_of(y, g["y"].transpose(1, 2)) < 1e-5
-
-
-def released_names(config: UNetConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a released Vid2World U-Net, which wraps its causal convolutions."""
-    with torch.device("meta"):
-        network = UNet(replace(config, causal=True, height_causal_out=True))
-    layers = dict(network.named_modules())
-    names = {}
-    for name, tensor in network.state_dict().items():
-        layer, _, leaf = name.rpartition(".")
-        infix = "conv3d." if isinstance(layers[layer], TemporalConv) else "conv2d." if layer == "out.2" else ""
-        names[f"model.diffusion_model.{layer}.{infix}{leaf}"] = tuple(tensor.shape)
-    return names
 
 
 @torch.no_grad()
@@ -254,7 +240,8 @@ def test_released_vid2world_agrees_with_the_authors():
     k, actions, mask = g["timesteps"], align_actions(g["actions"]), g["action_mask"]
     y = network(x, k, text, image, g["fps"], actions, mask)
     assert error_of(y, g["y_4"].transpose(1, 2)) < 1e-5
-    all_tokens = image.flatten(1, 2)[:, None].expand(-1, 3, -1, -1)  # the third quirk: a clip that is not full
+    # the third quirk: a clip that is not full
+    all_tokens = image.flatten(1, 2)[:, None].expand(-1, 3, -1, -1)
     y = network(x[:, :3], k[:, :3], text, all_tokens, g["fps"], actions[:, :3], mask[:, :3])
     assert error_of(y, g["y_3"].transpose(1, 2)) < 1e-5
 
@@ -262,7 +249,8 @@ def test_released_vid2world_agrees_with_the_authors():
 @torch.no_grad()
 def test_autoencoder_agrees_with_the_original_both_ways():
     g = golden("autoencoder_tiny")
-    autoencoder = with_recipe(Autoencoder(AutoencoderConfig(32, (1, 2, 2), 1, latent_scale=1.0)), "first_stage_model.")
+    autoencoder = with_recipe(Autoencoder(AutoencoderConfig(32, (1, 2, 2), 1, latent_scale=1.0)),
+                              "first_stage_model.")
     assert error_of(autoencoder.moments(g["image"]), g["moments"]) < 1e-5
     assert error_of(autoencoder.decode(g["latent"][None])[0], g["decoded"]) < 1e-5
 
@@ -270,13 +258,16 @@ def test_autoencoder_agrees_with_the_original_both_ways():
 @torch.no_grad()
 def test_resampler_and_both_towers_agree_with_the_originals():
     g = golden("resampler_tiny")
-    resampler = with_recipe(Resampler(ResamplerConfig(48, 2, 3, 16, 4, 64, 48, 4)), "image_proj_model.")
+    resampler = with_recipe(Resampler(ResamplerConfig(48, 2, 3, 16, 4, 64, 48, 4)),
+                            "image_proj_model.")
     assert error_of(resampler(g["tokens"]), g["y"]) < 1e-5
     g = golden("clip_image_tiny")
-    tower = with_recipe(ImageTower(ImageTowerConfig(28, 14, 64, 2, 4, 48)), "embedder.model.visual.")
+    tower = with_recipe(ImageTower(ImageTowerConfig(28, 14, 64, 2, 4, 48)),
+                        "embedder.model.visual.")
     assert error_of(tower(g["normalised_image"]), g["tokens"]) < 1e-5
     g = golden("clip_text_tiny")
-    tower = with_recipe(TextTower(TextTowerConfig(77, 49408, 48, 3, 3, 48)), "cond_stage_model.model.")
+    tower = with_recipe(TextTower(TextTowerConfig(77, 49408, 48, 3, 3, 48)),
+                        "cond_stage_model.model.")
     assert error_of(tower(g["token_ids"]), g["y"]) < 1e-5
     assert torch.equal(tower.empty_caption(), tower(g["token_ids"])[0])
 
@@ -289,26 +280,18 @@ def test_preprocessing_agrees_with_the_original():
 def test_schedule_agrees_with_the_original():
     g = golden("schedule")
     schedule = NoiseSchedule(0.7)
-    assert error_of(schedule.alphas_cumprod, g["alphas_cumprod"]) < 1e-5 and schedule.alphas_cumprod[999] == 0
+    assert error_of(schedule.alphas_cumprod,
+                    g["alphas_cumprod"]) < 1e-5 and schedule.alphas_cumprod[999] == 0
     assert error_of(schedule.scale, g["scale_512"][:1000]) < 1e-5
     assert error_of(NoiseSchedule(0.3).scale, g["scale_1024"][:1000]) < 1e-5
     for steps in (5, 10, 25, 50):
         assert schedule.ddim_levels(steps)[::-1] == g[f"trailing_{steps}"].tolist()
     levels = schedule.ddim_levels(50)
-    sigmas = [schedule.ddim_sigma(k, after, 1.0, like=torch.zeros(1)) for k, after in zip(levels, levels[1:] + [0])]
+    sigmas = [schedule.ddim_sigma(k, after, 1.0, like=torch.zeros(1)) for k,
+              after in zip(levels, levels[1:] + [0])]
     assert error_of(torch.cat(sigmas[::-1]), g["ddim50_sigmas_eta1"]) < 1e-5
     embedding = sinusoidal_embedding(torch.tensor([0, 39, 999]), 64)
     assert error_of(embedding, g["timestep_embedding_0_39_999_dim64"]) < 1e-5
-
-
-def full_size_parts(unet: UNetConfig = UNetConfig()) -> dict[str, nn.Module]:
-    with torch.device("meta"):
-        return {"model.diffusion_model.": UNet(unet), "first_stage_model.": Autoencoder(), "image_proj_model.": Resampler(),
-                "embedder.model.visual.": ImageTower(), "cond_stage_model.model.": TextTower()}
-
-
-def names_of(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    return {prefix + name: tuple(t.shape) for prefix, part in parts.items() for name, t in part.state_dict().items()}
 
 
 def test_full_size_names_and_shapes_are_the_checkpoints():
@@ -316,39 +299,30 @@ def test_full_size_names_and_shapes_are_the_checkpoints():
     for line in (HERE / "golden/dynamicrafter_512_keys.tsv").read_text().splitlines():
         name, _, shape = line.partition("\t")
         theirs[name] = tuple(int(n) for n in shape.split(",") if n)
-    leftover = re.compile(r"embedder\.model\.(?!visual\.)|cond_stage_model\.model\.logit_scale$|[a-z0-9_]+$")  # or a buffer
+    # or a buffer
+    leftover = re.compile(
+        r"embedder\.model\.(?!visual\.)|cond_stage_model\.model\.logit_scale$|[a-z0-9_]+$")
     theirs = {name: shape for name, shape in theirs.items() if not leftover.match(name)}
     assert len(theirs) == 2500 and names_of(full_size_parts()) == theirs
 
 
 def test_becoming_causal_changes_no_parameter_but_the_actions():
-    parts = full_size_parts(UNetConfig(causal=True, norm_scope="past", action_dim=13))
+    parts = full_size_parts(causal=True, norm_scope="past", action_dim=13)
     new = set(names_of(parts)) - set(names_of(full_size_parts()))
-    assert new == {f"model.diffusion_model.action_emb_proj.{i}.{leaf}" for i in (0, 2, 4) for leaf in ("weight", "bias")}
-    assert sum(isinstance(layer, TemporalConv) for layer in parts["model.diffusion_model."].modules()) == 88
+    assert new == {f"model.diffusion_model.action_emb_proj.{i}.{leaf}" for i in (0, 2, 4)
+                   for leaf in ("weight", "bias")}
+    assert sum(isinstance(layer, TemporalConv)
+               for layer in parts["model.diffusion_model."].modules()) == 88
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # unet.py: loading
-
-
-def small_checkpoint(**changes: object) -> Path:
-    """A DynamiCrafter checkpoint as Lightning saves it, complete but small. A change of None leaves the name out."""
-    parts = {"model.diffusion_model.": UNet(SMALL), "embedder.model.visual.": ImageTower(ImageTowerConfig(28, 14, 64, 2, 4, 48)),
-             "cond_stage_model.model.": TextTower(TextTowerConfig(77, 49408, 48, 3, 3, 48)),
-             "image_proj_model.": Resampler(ResamplerConfig(48, 1, 3, 16, 16, 64, 48, 4)),
-             "first_stage_model.": Autoencoder(AutoencoderConfig(32, (1, 2), 1))}
-    names = names_of(parts) | {"betas": (1000,), "scale_arr": (1400,), "cond_stage_model.model.logit_scale": (),
-                               "embedder.model.logit_scale": (), "embedder.model.ln_final.bias": (48,)}
-    weights = {name: torch.randn(shape) * 0.05 for name, shape in names.items()} | changes
-    path = folder() / "model.ckpt"
-    torch.save({"state_dict": {name: w for name, w in weights.items() if w is not None}, "global_step": 0}, path)
-    return path
 
 
 def test_a_dynamicrafter_checkpoint_loads_with_every_transfer():
     path = small_checkpoint()
-    stored = {name.removeprefix("model.diffusion_model."): w for name, w in read_checkpoint(path)["state_dict"].items()}
+    stored = {name.removeprefix("model.diffusion_model."): w for name,
+              w in read_checkpoint(path)["state_dict"].items()}
     for method in TRANSFER_METHODS:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -368,7 +342,8 @@ def test_a_dynamicrafter_checkpoint_loads_with_every_transfer():
 def test_loading_takes_no_second_copy():
     path = small_checkpoint()
     network = load_dynamicrafter(path, SMALL)
-    file = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line] \
+    file = [line for line in Path("/proc/self/maps").read_text().splitlines()
+            if str(path) in line] \
         if Path("/proc/self/maps").exists() else [str(path)]
     assert file and next(network.parameters()).requires_grad
 
@@ -382,24 +357,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name():
         load_dynamicrafter(small_checkpoint(**{prefix + "surprise.weight": torch.zeros(3)}), SMALL)
     with raises(CheckpointError, r"1 misshapen \(out.0.bias \[7\] for \[32\]\)"):
         load_dynamicrafter(small_checkpoint(**{prefix + "out.0.bias": torch.zeros(7)}), SMALL)
-    learnable_scale = {prefix + "input_blocks.1.1.transformer_blocks.0.attn2.alpha": torch.zeros(())}
+    learnable_scale = {prefix
+                       + "input_blocks.1.1.transformer_blocks.0.attn2.alpha": torch.zeros(())}
     with raises(CheckpointError, "DynamiCrafter-256"):
         load_dynamicrafter(small_checkpoint(**learnable_scale), SMALL)
     with raises(CheckpointError, "no checkpoint at"):
         load_dynamicrafter("nowhere.ckpt", SMALL)
     whole = small_checkpoint()
     whole.write_bytes(whole.read_bytes()[:-1000])
-    with raises(CheckpointError, "truncated"):
+    with raises(CheckpointError, "is damaged: it is truncated"):
         load_dynamicrafter(whole, SMALL)
-
-
-class Exploit:
-    """Unpickling this leaves a file behind."""
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
 
 
 def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not():
@@ -408,27 +375,90 @@ def test_a_checkpoint_that_would_execute_code_is_refused_and_does_not():
     with raises(CheckpointError, "refused"):
         read_checkpoint(path)
     path.write_bytes(pickle.dumps(Exploit(mark)))
-    with raises(CheckpointError, "truncated|no PyTorch"):
+    with raises(CheckpointError, "old format or a bare pickle"):
         read_checkpoint(path)
     assert not mark.exists()
 
 
-# ---------------------------------------------------------------------------------------------------------
+def test_checkpoints_that_others_pruned_halved_or_wrapped_load_alike():
+    path = small_checkpoint()
+    weights = read_checkpoint(path)["state_dict"]
+    expected = load_dynamicrafter(path, SMALL).state_dict()
+
+    def load(content: dict, name: str = "other.ckpt") -> dict[str, Tensor]:
+        other = folder() / name
+        torch.save(content, other)
+        return load_dynamicrafter(other, SMALL).state_dict()
+
+    def same(ours: dict[str, Tensor], tolerance: float) -> bool:
+        return all(w.dtype == torch.float32 and torch.allclose(w, expected[name], atol=tolerance)
+                   for name, w in ours.items())
+
+    assert same(load({"state_dict": {f"module.{name}": w for name, w in weights.items()}}), 0)
+    assert same(load({"module": {f"_forward_module.{name}": w for name, w in weights.items()}}), 0)
+    averaged = {f"ema.{name}": w + 1 for name, w in weights.items()}
+    assert same(load({"state_dict": weights | averaged}), 0)  # the weights themselves are preferred
+    assert same(load({"state_dict": {name: w.half() for name, w in weights.items()}}), 1e-3)
+    assert same(load({"state_dict": {name: w.bfloat16() for name, w in weights.items()}}), 1e-2)
+    pruned = folder() / "pruned_fp16.safetensors"
+    write_safetensors(pruned, {name: w.half() for name, w in weights.items()
+                               if "ln_final" not in name})
+    assert same(load_dynamicrafter(pruned, SMALL).state_dict(), 1e-3)
+    with raises(CheckpointError, "holds no model.diffusion_model"):
+        load({"state_dict": {"model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3)}})
+    with raises(CheckpointError, "holds several models .a., b.."):
+        load({"state_dict": {f"{wrap}.{name}": w for wrap in "ab" for name, w in weights.items()}})
+
+
+def test_a_1024_checkpoint_is_told_from_a_512_one_by_its_signal_scale():
+    scales = {"512": NoiseSchedule(0.7).scale, "1024": NoiseSchedule(0.3).scale}
+    for preset, scale in scales.items():
+        assert preset_of(small_checkpoint(scale_arr=scale)) == preset
+        assert preset_of(small_checkpoint(scale_arr=scale.half())) == preset
+    assert preset_of(small_checkpoint(scale_arr=None)) == "512" and preset_of(TINY_BASE) == "tiny"
+
+
+def test_a_file_that_is_no_checkpoint_is_called_what_it_is():
+    out = folder()
+    files = {"empty.ckpt": b"", "lfs.ckpt": b"version https://git-lfs.github.com/spec/v1\noid "
+                                            b"sha256:0", "page.ckpt": b"<html>"}
+    for (name, content), words in zip(files.items(),
+                                      ("is empty", "git lfs pull", "no PyTorch checkpoint"),
+                                      strict=True):
+        (out / name).write_bytes(content)
+        with raises(CheckpointError, words):
+            read_checkpoint(out / name)
+    with raises(CheckpointError, "is a folder"):
+        read_checkpoint(out)
+    torch.save([1, 2], out / "list.ckpt")
+    with raises(CheckpointError, "holds a list"):
+        read_checkpoint(out / "list.ckpt")
+    torch.save({"state_dict": {}, "callbacks": {"stopping": signal.Signals.SIGTERM}},
+               out / "lightning.ckpt")
+    with raises(CheckpointError, "Lightning file.*refused"):
+        read_checkpoint(out / "lightning.ckpt")
+
+
+def test_a_large_checkpoint_is_checked_once():
+    path, always = small_checkpoint(), checkpoint.CHECK_ALWAYS
+    checkpoint.CHECK_ALWAYS = 0
+    try:
+        assert not checkpoint.remembered_checks(path).exists()
+        read_checkpoint(path)
+        assert checkpoint.remembered_checks(path).exists()
+        os.utime(path, ns=(1, 1))  # another file
+        assert not checkpoint.remembered_checks(path).exists()
+    finally:
+        checkpoint.CHECK_ALWAYS = always
+
+
+# --------------------------------------------------------------------------------------------------
 # unet.py: causality
 
 
-def causal_network(scope: str) -> tuple[UNet, dict[str, Tensor]]:
-    """A causal network with random weights everywhere, and inputs for it."""
-    network = with_recipe(UNet(replace(WORLD, norm_scope=scope)), "any.")
-    random = torch.Generator().manual_seed(0)
-    inputs = {"x": torch.randn(1, 6, 8, 8, 8, generator=random), "k": torch.randint(1000, (1, 6), generator=random),
-              "text": torch.randn(1, 77, 48, generator=random), "image": torch.randn(1, 6, 4, 48, generator=random),
-              "actions": torch.randn(1, 6, 13, generator=random), "action_mask": torch.ones(1, 6)}
-    return network, inputs
-
-
 def leaks(network: UNet, inputs: dict[str, Tensor], t: int = 2) -> list[str]:
-    """The inputs after frame t that reach outputs up to t, by value (bit for bit) or by gradient."""
+    """The inputs after frame t that reach outputs up to t, by value (bit for bit) or by gradient.
+    """
     found = []
     with torch.no_grad():
         y = network(**inputs)[:, : t + 1]
@@ -439,7 +469,8 @@ def leaks(network: UNet, inputs: dict[str, Tensor], t: int = 2) -> list[str]:
                 found.append(name)
     leaves = {name: inputs[name].clone().requires_grad_() for name in ("x", "image", "actions")}
     network(**inputs | leaves)[:, : t + 1].square().sum().backward()
-    found += [f"gradient of {name}" for name, leaf in leaves.items() if leaf.grad[:, t + 1 :].abs().max() > 0]
+    found += [f"gradient of {name}" for name, leaf in leaves.items()
+              if leaf.grad[:, t + 1 :].abs().max() > 0]
     return found
 
 
@@ -451,7 +482,8 @@ def test_future_frames_never_reach_the_past():
         for name in ("x", "k", "image", "actions", "action_mask"):  # and yet the past is looked at
             changed = inputs[name].clone()
             changed[:, 2] = 7 if name == "k" else 0.5
-            assert not torch.equal(network(**inputs | {name: changed})[:, 3:], y[:, 3:]), f"{scope}: {name} has no effect"
+            assert not torch.equal(network(**inputs | {name: changed})[:, 3:],
+                                   y[:, 3:]), f"{scope}: {name} has no effect"
 
 
 @torch.no_grad()
@@ -460,7 +492,8 @@ def test_the_first_frames_alone_give_the_same_outputs():
         network, inputs = causal_network(scope)
         whole = network(**inputs)
         for t in range(1, 6):
-            first = network(**{name: value if name == "text" else value[:, :t] for name, value in inputs.items()})
+            first = network(**{name: value if name == "text" else value[:, :t] for name,
+                               value in inputs.items()})
             assert error_of(first, whole[:, :t]) < 1e-5, (scope, t)
 
 
@@ -475,7 +508,8 @@ def test_norm_scopes_agree_on_a_single_frame():
     outputs = []
     for scope in ("clip", "past", "frame"):
         network, inputs = causal_network(scope)
-        outputs.append(network(**{name: value if name == "text" else value[:, :1] for name, value in inputs.items()}))
+        outputs.append(network(**{name: value if name == "text" else value[:, :1] for name,
+                                  value in inputs.items()}))
     assert error_of(outputs[1], outputs[0]) < 1e-5 and error_of(outputs[2], outputs[0]) < 1e-5
 
 
@@ -483,9 +517,11 @@ def test_a_new_network_predicts_zero_and_its_temporal_layers_change_nothing():
     network = UNet(WORLD)
     _, inputs = causal_network("frame")
     assert network(**inputs).abs().max() == 0
-    zero = [name for name, w in network.named_parameters() if name.endswith("weight") and w.ndim > 1 and not w.any()]
+    zero = [name for name, w in network.named_parameters() if name.endswith("weight")
+            and w.ndim > 1 and not w.any()]
     kinds = {re.sub(r"^(\w+_blocks?\.[\d.]+|init_attn\.0\.)", "", name) for name in zero}
-    assert kinds == {"temopral_conv.conv4.3.weight", "out_layers.3.weight", "proj_out.weight", "out.2.weight",
+    assert kinds == {"temopral_conv.conv4.3.weight", "out_layers.3.weight", "proj_out.weight",
+                     "out.2.weight",
                      "fps_embedding.2.weight"}
 
 
@@ -495,19 +531,32 @@ def test_recomputing_activations_changes_no_gradient():
     for network.checkpointing in (False, True):
         network.zero_grad()
         network(**inputs).square().sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()
+                                    if p.grad is not None]))
     assert error_of(gradients[1], gradients[0]) < 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # diffusion_forcing.py
+
+
+def test_levels_are_uniform_and_independent_per_frame():
+    generator = torch.Generator().manual_seed(0)
+    k = draw_levels((5000, 4), generator)
+    assert k.min() >= 0 and k.max() <= 999 and abs(k.float().mean() - 499.5) < 5
+    assert torch.corrcoef(k.T.float())[0, 1:].abs().max() < 0.05
+    shared = draw_levels((50, 4), generator, shared=True)
+    assert (shared == shared[:, :1]).all() and len(shared.unique()) > 40
+    clear = draw_levels((5000, 4), generator, clear=0.6)
+    assert abs((clear < 100).float().mean() - (0.6 + 0.4 * 0.1)) < 0.02
 
 
 def test_velocity_and_noise_determine_each_other():
     schedule, k = NoiseSchedule(), torch.tensor([[0, 39, 999], [250, 500, 750]])
     z, noise = torch.randn(2, 2, 3, 4, 5, 6)
     x, v = schedule.add_noise(z, k, noise), schedule.velocity(z, k, noise)
-    alpha, scale = schedule.alphas_cumprod[k][..., None, None, None], schedule.scale[k][..., None, None, None]
+    alpha, scale = schedule.alphas_cumprod[k][..., None, None, None], schedule.scale[k][..., None,
+                                                                                        None, None]
     assert torch.allclose(alpha.sqrt() * x - (1 - alpha).sqrt() * v, scale * z, atol=1e-5)
     assert torch.allclose(alpha.sqrt() * v + (1 - alpha).sqrt() * x, noise, atol=1e-5)
     assert torch.equal(x[0, 2], noise[0, 2])  # level 999 is noise alone
@@ -529,28 +578,33 @@ def test_fresh_noise_keeps_the_variance_of_a_level():
     schedule = NoiseSchedule()
     z, noise, fresh = torch.zeros(1, 1, 100_000), *torch.randn(2, 1, 1, 100_000)
     for eta in (0.0, 0.5, 1.0):
-        x = schedule.ddim_step(noise * (1 - schedule.alphas_cumprod[499]).sqrt(), schedule.velocity(z, 499, noise), 499, 299,
+        x = schedule.ddim_step(noise * (1 - schedule.alphas_cumprod[499]).sqrt(),
+                               schedule.velocity(z, 499, noise), 499, 299,
                                eta, fresh)
         assert abs(x.var().item() / (1 - schedule.alphas_cumprod[299]).item() - 1) < 0.03, eta
 
 
 def test_the_loss_is_zero_for_a_network_that_knows_and_compares_velocities():
-    schedule, z, noise, k = NoiseSchedule(), *torch.randn(2, 2, 3, 4, 5, 6), torch.randint(1000, (2, 3))
-    assert diffusion_forcing_loss(lambda x, k: schedule.velocity(z, k, noise), schedule, z, k, noise) == 0
+    schedule, z, noise, k = NoiseSchedule(), *torch.randn(2, 2, 3, 4, 5, 6), torch.randint(1000,
+                                                                                           (2, 3))
+    assert diffusion_forcing_loss(lambda x, k: schedule.velocity(z, k, noise), schedule, z, k,
+                                  noise) == 0
     nothing = diffusion_forcing_loss(lambda x, k: torch.zeros_like(x), schedule, z, k, noise)
     assert torch.allclose(nothing, schedule.velocity(z, k, noise).square().mean())
 
 
 def test_the_loss_in_clean_latents_is_the_error_of_what_the_velocity_stands_for():
-    schedule, z, noise, k = NoiseSchedule(), *torch.randn(2, 2, 3, 4, 5, 6), torch.randint(1000, (2, 3))
+    schedule, z, noise, k = NoiseSchedule(), *torch.randn(2, 2, 3, 4, 5, 6), torch.randint(1000,
+                                                                                           (2, 3))
     guess = torch.randn_like(z)
-    loss = diffusion_forcing_loss(lambda x, k: guess, schedule, z, k, noise, measure="clean")
-    alpha, scale = schedule.alphas_cumprod[k].view(2, 3, 1, 1, 1), schedule.scale[k].view(2, 3, 1, 1, 1)
+    loss = diffusion_forcing_loss(lambda x, k: guess, schedule, z, k, noise, weighting="clean")
+    alpha, scale = schedule.alphas_cumprod[k].view(2, 3, 1, 1, 1), schedule.scale[k].view(2, 3, 1,
+                                                                                          1, 1)
     clean = alpha.sqrt() * schedule.add_noise(z, k, noise) - (1 - alpha).sqrt() * guess
     assert torch.allclose(loss, (clean - scale * z).square().mean(), rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # action_guidance.py
 
 
@@ -572,80 +626,30 @@ def test_a_dropped_action_is_not_an_action_of_zeros():
     network, inputs = causal_network("frame")
     zeros = network(**inputs | {"actions": torch.zeros(1, 6, 13)})
     dropped = network(**inputs | {"action_mask": torch.zeros(1, 6)})
-    without = network(**{name: value for name, value in inputs.items() if not name.startswith("action")})
+    without = network(**{name: value for name, value in inputs.items()
+                         if not name.startswith("action")})
     assert torch.equal(dropped, without) and not torch.allclose(zeros, dropped)
 
 
 def test_guidance_exaggerates_and_rescale_restores_the_contrast():
     v_cond, v_uncond = torch.randn(2, 2, 3, 4, 5, 6)
-    assert torch.allclose(guide(v_cond, v_uncond, 1.0), v_cond, atol=1e-6) and torch.equal(guide(v_cond, v_uncond, 0.0), v_uncond)
+    assert torch.allclose(guide(v_cond, v_uncond, 1.0), v_cond,
+                          atol=1e-6) and torch.equal(guide(v_cond, v_uncond, 0.0), v_uncond)
     assert torch.allclose(guide(v_cond, v_uncond, 3.0), 3 * v_cond - 2 * v_uncond, atol=1e-5)
     rescaled = guide(v_cond, v_uncond, 3.0, rescale=1.0)
     assert torch.allclose(rescaled.std((-3, -2, -1)), v_cond.std((-3, -2, -1)), rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# data.py, tools/tfrecord.py
-
-
-def make_episode(length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A square that obeys: frames [T, 32, 40, 3] and RT-1 actions [T, 13], of which 10 and 11 move it."""
-    random = np.random.default_rng(seed)
-    frames, actions = np.full((length, 32, 40, 3), 60, np.uint8), np.zeros((length, 13), np.float32)
-    actions[:, 10:12] = random.integers(-1, 2, (length, 2))
-    y, x = random.integers(8, 20, 2)
-    for t in range(length):
-        frames[t, y : y + 8, x : x + 8] = 220
-        y, x = np.clip([y + 4 * actions[t, 10], x + 4 * actions[t, 11]], 0, [24, 32]).astype(int)
-    return frames, actions
-
-
-def make_rt1(lengths: list[int], shards: int = 1, name: str = "fractal20220817_data-train") -> Path:
-    """A small RT-1: episode i has lengths[i] frames."""
-    root = folder() / "fractal20220817_data" / "0.1.0"
-    root.mkdir(parents=True)
-    payloads = []
-    for i, length in enumerate(lengths):
-        frames, actions = make_episode(length, seed=i)
-        features = {"steps/observation/image": [encode_jpeg(frame) for frame in frames]}
-        first = 0
-        for key, width in data.DATA_SETS["rt1"].actions:
-            column = actions[:, first : first + width].ravel()
-            features[key] = column.astype(np.int64) if "terminate" in key else column
-            first += width
-        payloads.append(encode_example(features))
-    for s in range(shards):
-        write_records(root / f"{name}.tfrecord-{s:05d}-of-{shards:05d}", payloads[s::shards])
-    return root.parent
-
-
-def encode_jpeg(frame: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def shard_of(root: Path, i: int = 0) -> Path:
-    return sorted(root.rglob("*.tfrecord-*"))[i]
-
-
-def flip_byte(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
+# --------------------------------------------------------------------------------------------------
+# data.py, episodes/
 
 
 def test_the_checksum_is_crc32c():
     assert crc32c(b"123456789") == 0xE3069283  # RFC 3720
     assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(bytes(range(32))) == 0x46DD794E
     text = np.random.default_rng(0).bytes(5000)
-    for cut in (255, 256, 257, 1000, 4999):  # the fast way above 256 bytes against the plain one below
+    # the fast way above 256 bytes against the plain one below
+    for cut in (255, 256, 257, 1000, 4999):
         crc = 0xFFFFFFFF
         for byte in text[:cut]:
             crc ^= byte
@@ -657,11 +661,14 @@ def test_the_checksum_is_crc32c():
 def test_episodes_come_back_as_they_were_written():
     root = make_rt1([5, 9, 7], shards=2)
     episodes = open_episodes("rt1", root)
-    assert sorted(len(e.frames) for e in episodes) == sorted(e.length for e in episodes) == [5, 7, 9]
+    assert sorted(len(e.frames) for e in episodes) == sorted(e.length for e in episodes) == [5, 7,
+                                                                                             9]
     frames, actions = make_episode(9, seed=1)
     episode = next(e for e in episodes if e.length == 9)
     assert np.array_equal(episode.actions, actions) and episode.actions.dtype == np.float32
-    assert episode.frames.shape == frames.shape and np.abs(episode.frames.astype(int) - frames).mean() < 3  # it is JPEG
+    # it is JPEG
+    assert episode.frames.shape == frames.shape and np.abs(
+        episode.frames.astype(int) - frames).mean() < 3
     part, part_actions = episode.read(2, 6)
     assert np.array_equal(part, episode.frames[2:6]) and np.array_equal(part_actions, actions[2:6])
     for root_too in (root.parent, root / "0.1.0"):  # a folder above, the version folder
@@ -672,13 +679,16 @@ def test_lists_of_numbers_may_be_packed_or_not():
     floats = np.array([1.5, -2.0, 3.25], "<f4")
     loose = b"".join(b"\x0d" + value.tobytes() for value in floats)  # field 1, 4 bytes, three times
     entry = encode_field(1, b"f") + encode_field(2, encode_field(2, loose))
-    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))), "f").tolist() == floats.tolist()
-    example = parse_example(memoryview(encode_example({"f": floats, "i": np.array([5, -3, 2**40])})))
+    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))),
+                           "f").tolist() == floats.tolist()
+    example = parse_example(memoryview(encode_example({"f": floats,
+                                                       "i": np.array([5, -3, 2**40])})))
     assert feature_numbers(example, "f").tolist() == floats.tolist()
     assert feature_numbers(example, "i").tolist() == [5, -3, 2**40]
     loose = b"\x08\x05\x08" + b"\xfd" + b"\xff" * 8 + b"\x01"  # 5 and -3, one field each
     entry = encode_field(1, b"i") + encode_field(2, encode_field(3, loose))
-    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))), "i").tolist() == [5, -3]
+    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))),
+                           "i").tolist() == [5, -3]
 
 
 def test_npz_episodes_are_read_too():
@@ -686,16 +696,60 @@ def test_npz_episodes_are_read_too():
     frames, actions = make_episode(6, seed=0)
     np.savez(root / "one.npz", image=frames, action=actions)
     episode = open_episodes("rt1", root)[0]
-    assert episode.name == "one" and np.array_equal(episode.frames, frames) and np.array_equal(episode.actions, actions)
+    assert episode.name == "one" and np.array_equal(episode.frames,
+                                                    frames) and np.array_equal(episode.actions,
+                                                                               actions)
     np.savez(root / "two.npz", image=frames)
     with raises(DataError, "two.npz has no action"):
         open_episodes("rt1", root)
 
 
+def test_npz_episodes_of_another_kind_are_refused_or_damaged():
+    root = folder()
+    frames, actions = make_episode(6, seed=0)
+    np.savez(root / "narrow.npz", image=frames, action=actions[:, :7])
+    with raises(DataError, "narrow.npz does not hold this data set: its actions have 7 numbers, "
+                           "not 13"):
+        open_episodes("rt1", root)
+    (root / "narrow.npz").unlink()
+    np.savez(root / "good.npz", image=frames, action=actions)
+    np.savez(root / "short.npz", image=frames, action=actions[:4])
+    np.savez(root / "complex.npz", image=frames, action=actions.astype(np.complex64))
+    (root / "text.npz").write_text("not an archive")
+    episodes = {episode.name: episode for episode in open_episodes("rt1", root)}
+    assert set(episodes) == {"good", "short", "complex"}
+    with raises(DataError, "short is damaged: it has 6 frames and actions .4, 13."):
+        _ = episodes["short"].frames
+    with raises(DataError, "complex is damaged: action is of type complex64"):
+        _ = episodes["complex"].frames
+
+
+def test_pictures_of_every_kind_are_read_or_called_damaged():
+    def png(picture: Image.Image) -> bytes:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        return file.getvalue()
+
+    # 16 bits, as bright as 100 of 255
+    grey = png(Image.fromarray(np.full((4, 4), 100 * 257, np.uint16)))
+    assert decode(grey).shape == (4, 4, 3) and (decode(grey) == 100).all()
+    assert (decode(png(Image.new("L", (4, 4), 100))) == 100).all()
+    assert (decode(png(Image.new("RGBA", (4, 4), (1, 2, 3, 4)))) == [1, 2, 3]).all()
+    bomb = bytearray(png(Image.new("L", (4, 4))))
+    bomb[16:24] = (30000).to_bytes(4, "big") * 2  # a header that claims 900 million pixels
+    for broken in (bytes(bomb), grey[:40], b"", b"\x89PNG"):
+        with raises(DataError, "no readable picture|pixels"):
+            decode(broken)
+    with raises(DataError, "a frame has 5000×5000 pixels"):
+        decode(png(Image.new("1", (5000, 5000))))
+    with raises(DataError, "different sizes .4×4, 8×4"):
+        decode_all([grey, png(Image.new("L", (4, 8)))])
+
+
 def test_the_index_is_built_once_and_again_for_a_shard_that_changed():
     root, walked = make_rt1([4, 5, 6, 7], shards=2), []
-    walk = data.walk_records
-    data.walk_records = lambda path: walked.append(path.name) or walk(path)
+    walk = tfrecord.walk_records
+    tfrecord.walk_records = lambda path: walked.append(path.name) or walk(path)
     try:
         first = open_episodes("rt1", root)
         assert len(walked) == 2
@@ -705,16 +759,55 @@ def test_the_index_is_built_once_and_again_for_a_shard_that_changed():
         open_episodes("rt1", root)
         assert walked[2:] == [shard_of(root, 1).name]
     finally:
-        data.walk_records = walk
+        tfrecord.walk_records = walk
+
+
+def test_an_interrupted_index_keeps_what_it_knew():
+    root, walked = make_rt1([4] * 6, shards=6), []
+    open_episodes("rt1", root)
+    for i in (1, 4):
+        os.utime(shard_of(root, i), ns=(1, 1))
+    walk = tfrecord.walk_records
+    def interrupted(path: Path):
+        walked.append(path.name)
+        if len(walked) == 2:
+            raise KeyboardInterrupt
+        return walk(path)
+    tfrecord.walk_records = interrupted
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            open_episodes("rt1", root)
+        assert len(open_episodes("rt1", root)) == 6
+    finally:
+        tfrecord.walk_records = walk
+    assert walked == [shard_of(root, i).name for i in (1, 4, 4)]  # and not those that come later
+
+
+def test_links_are_followed_and_the_newest_version_is_read():
+    root, elsewhere = folder(), make_rt1([5] * 3)
+    (root / "link").symlink_to(elsewhere)
+    (root / "circle").symlink_to(root)
+    assert [e.length for e in open_episodes("rt1", root)] == [5, 5, 5]
+    newer = elsewhere / "0.10.0"
+    newer.mkdir()
+    shard_of(make_rt1([7] * 2)).rename(newer / "fractal20220817_data-train.tfrecord-00000-of-00001")
+    (newer / "fractal20220817_data-train.tfrecord-00000-of-00001.gstmp").write_bytes(b"half")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert [e.length for e in open_episodes("rt1", elsewhere)] == [7, 7]
+    assert "0.1.0, 0.10.0 the newest is read, 0.10.0" in printed.getvalue()
 
 
 def test_train_and_validation_are_disjoint_stable_and_follow_shard_names():
     root = make_rt1([4] * 40, shards=4)
-    names = {split: {e.name for e in open_episodes("rt1", root, split)} for split in ("train", "val", "all")}
-    assert not names["train"] & names["val"] and names["train"] | names["val"] == names["all"] and len(names["val"]) == 5
+    names = {split: {e.name for e in open_episodes("rt1", root, split)}
+             for split in ("train", "val", "all")}
+    assert not names["train"] & names["val"] and names["train"] | names["val"] == names[
+        "all"] and len(names["val"]) == 5
     held_out = "import data, sys; print(sorted(e.name for e in data.open_episodes('rt1', sys.argv[1], 'val')))"
     for hash_seed in ("1", "2"):  # not by Python's hash
-        printed = subprocess.run([sys.executable, "-c", held_out, root], cwd=HERE, capture_output=True, text=True,
+        printed = subprocess.run([sys.executable, "-c", held_out, root], cwd=HERE,
+                                 capture_output=True, text=True,
                                  env=os.environ | {"PYTHONHASHSEED": hash_seed}).stdout
         assert printed.strip() == str(sorted(names["val"]))
     named, val = make_rt1([4] * 3, name="x-train"), make_rt1([5] * 2, name="y-val")
@@ -727,11 +820,13 @@ def test_clips_are_the_same_in_any_number_of_workers():
     episodes = open_episodes("rt1", make_rt1([6, 9, 12, 7]), min_length=5)
     streams = []
     for workers in (0, 1, 2):
-        loader = torch.utils.data.DataLoader(Clips(episodes, 5, (32, 32), seed=3), collate_fn=collate, num_workers=workers,
+        loader = torch.utils.data.DataLoader(Clips(episodes, 5, (32, 32), seed=3),
+                                             collate_fn=collate, num_workers=workers,
                                              batch_sampler=[[0, 1], [2, 3], [4, 5]])
         streams.append([(batch["frames"], batch["actions"]) for batch in loader])
     for stream in streams[1:]:
-        assert all(torch.equal(a, b) for batch, other in zip(streams[0], stream) for a, b in zip(batch, other))
+        assert all(torch.equal(a, b) for batch, other in zip(streams[0], stream) for a,
+                   b in zip(batch, other))
     other_seed = Clips(episodes, 5, (32, 32), seed=4)
     assert any(not np.array_equal(other_seed[i]["actions"], streams[0][0][1][i]) for i in (0, 1))
 
@@ -740,7 +835,8 @@ def test_every_place_of_every_episode_is_drawn_equally_often():
     episodes = open_episodes("rt1", make_rt1([5, 8]), min_length=5)
     clips, seen = Clips(episodes, 5, (32, 32), seed=0), []
     read = data.Episode.read
-    data.Episode.read = lambda self, start, stop: seen.append((self.length, start)) or read(self, start, stop)
+    data.Episode.read = lambda self, start, stop: seen.append((self.length, start)) or read(self,
+                                                                                            start, stop)
     try:
         for i in range(300):
             clips[i]
@@ -750,12 +846,43 @@ def test_every_place_of_every_episode_is_drawn_equally_often():
     assert set(counts) == {(5, 0), (8, 0), (8, 1), (8, 2), (8, 3)} and min(counts.values()) > 35
 
 
-def test_frames_fill_the_picture_and_are_cropped_evenly():
-    frames = np.zeros((1, 64, 64, 3), np.uint8)
-    frames[:, :, 32:] = 200
-    fitted = fit_frames(frames, 64, 80)
-    assert fitted.shape == (1, 64, 80, 3) and fitted[0, :, :38].max() == 0 and fitted[0, :, 42:].min() == 200
-    assert np.array_equal(fit_frames(frames, 64, 64), frames)
+def test_frames_are_fitted_as_the_published_models_saw_them():
+    rt1 = fit_frames(np.full((1, 256, 320, 3), 200, np.uint8), 320, 512)  # 320×400, and bars
+    assert rt1.shape == (1, 320, 512, 3) and rt1[:, :, 56:-56].min() == 200
+    assert rt1[:, :, :56].max() == 0 and rt1[:, :, -56:].max() == 0
+    csgo = fit_frames(np.full((1, 150, 280, 3), 200, np.uint8), 320, 512)  # 275×512
+    assert (csgo[0, :, 0, 0] > 0).sum() == 275
+    half = np.zeros((1, 64, 64, 3), np.uint8)
+    half[:, :, 32:] = 200
+    cropped = fit_frames(half, 64, 80, "crop")
+    assert cropped.shape == (1, 64, 80, 3) and cropped[0, :, :38].max() == 0 and cropped[0, :,
+                                                                                         42:].min() == 200
+    assert np.array_equal(fit_frames(half, 64, 64), half)
+    ramp = np.zeros((1, 4, 4, 3), np.uint8) + np.arange(0, 200, 50, dtype=np.uint8)[:, None, None]
+    # bilinear
+    assert fit_frames(ramp, 8, 8)[0, :, 0, 0].tolist() == [0, 13, 38, 63, 88, 113, 138, 150]
+
+
+def test_training_clips_vary_in_light_and_place_alike_in_all_frames():
+    clip = np.tile(open_episodes("rt1", SAMPLES, "val")[0].read(0, 1)[0], (3, 1, 1, 1))
+    varied = [data.augment(clip, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(np.array_equal(v[0], v[1]) and v.shape == clip.shape and v.dtype == np.uint8
+               for v in varied)
+    brightness = np.array([v.mean() for v in varied]) / clip.mean()
+    assert brightness.std() > 0.02 and (np.abs(brightness - 1) < 0.15).all()
+    dot = np.full((1, 16, 16, 3), 100, np.uint8)
+    dot[0, 8, 8] = 255
+    places = [np.unravel_index(data.augment(dot, np.random.default_rng(seed))[0].sum(-1).argmax(),
+                               (16, 16)) for seed in range(40)]
+    assert {tuple(np.abs(np.subtract(place, 8))) for place in places} == {(y, x) for y in range(3)
+                                                                          for x in range(3)}
+    episodes = open_episodes("rt1", make_rt1([6] * 4), min_length=5)
+    plain, augmented = (Clips(episodes, 5, (32, 40), seed=0, augment=a)[0] for a in (False, True))
+    assert np.array_equal(plain["actions"],
+                          augmented["actions"]) and not np.array_equal(plain["frames"],
+                                                                       augmented["frames"])
+    again = Clips(episodes, 5, (32, 40), seed=0, augment=True)[0]
+    assert np.array_equal(again["frames"], augmented["frames"])
 
 
 def test_a_damaged_episode_is_skipped_and_reported():
@@ -765,7 +892,8 @@ def test_a_damaged_episode_is_skipped_and_reported():
     episodes = open_episodes("rt1", root, min_length=5)
     clips = [Clips(episodes, 5, (32, 32), seed=0)[i] for i in range(60)]
     messages = {message for clip in clips for message in clip["damaged"]}
-    assert all(clip["frames"] is not None for clip in clips) and len(messages) == 1 and "checksum" in messages.pop()
+    assert all(clip["frames"] is not None
+               for clip in clips) and len(messages) == 1 and "checksum" in messages.pop()
 
 
 def test_bad_data_is_named_and_refused():
@@ -778,7 +906,8 @@ def test_bad_data_is_named_and_refused():
     root = make_rt1([5, 6])
     with raises(DataError, "2 shorter than 16 frames; the longest has 6"):
         open_episodes("rt1", root, min_length=16)
-    with raises(DataError, "does not hold this data set: there is no feature 'steps/observation/image_0'"):
+    with raises(DataError, "does not hold this data set: there is no feature "
+                           "'steps/observation/image_0'"):
         open_episodes("bridge", root)
     cut = make_rt1([5, 6])
     shard_of(cut).write_bytes(shard_of(cut).read_bytes()[:-50])
@@ -794,35 +923,140 @@ def test_bad_data_is_named_and_refused():
         open_episodes("rt1", payload)[0].frames
 
 
-# ---------------------------------------------------------------------------------------------------------
+def test_random_damage_ends_in_the_projects_own_errors_and_executes_nothing():
+    random, mark = np.random.default_rng(0), folder() / "executed"
+    frames, actions = make_episode(5, seed=0)
+    files = folder()
+    np.savez(files / "episode.npz", image=frames[:, :8, :8], action=actions)
+    np.save(files / "actions.npy", actions)
+    torch.save({"state_dict": {"model.diffusion_model.w": torch.randn(40)}, "step": 7},
+               files / "model.ckpt")
+    write_safetensors(files / "model.safetensors", {"model.diffusion_model.w": torch.randn(40)})
+    torch.save({"state_dict": {}, "hook": Exploit(mark)}, files / "evil.ckpt")
+    write_records(files / "rt1.tfrecord-00000-of-00001",
+                  [shard_of(make_rt1([4])).read_bytes()[12:-4]])
+
+    def read_episodes(root: Path) -> None:
+        for episode in open_episodes("rt1", root):
+            episode.read(0, episode.length)
+
+    readers = {".npz": lambda path: read_episodes(path.parent),
+               ".npy": lambda path: sample.to_numbers(read_npy(path)),
+               ".tfrecord-00000-of-00001": lambda path: read_episodes(path.parent),
+               ".ckpt": read_lightning,
+               ".safetensors": read_lightning}
+    refused_cases = 0
+    for case in range(210):
+        original = sorted(files.iterdir())[case % 6]
+        content = bytearray(original.read_bytes())
+        damage, place = case // 6 % 4, int(random.integers(len(content)))
+        if damage == 0:
+            del content[place:]
+        elif damage == 1:
+            content[place] ^= int(random.integers(1, 256))
+        elif damage == 2:
+            content[place : place + 16] = random.bytes(16)
+        else:
+            content[place : place + 64] = bytes(64)
+        damaged = folder() / original.name
+        damaged.write_bytes(content)
+        read = next(reader for suffix, reader in readers.items() if original.name.endswith(suffix))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read(damaged)
+        except UserError as error:
+            refused_cases += 1
+            assert "\n" not in str(error), error
+    assert refused_cases > 130 and not mark.exists()
+
+
+def test_damage_that_only_a_checksum_shows_is_found_in_a_checkpoint():
+    path = small_checkpoint()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of a weight
+    path.write_bytes(content)
+    with raises(CheckpointError, "a checksum does not match"):
+        read_checkpoint(path)
+
+
+# --------------------------------------------------------------------------------------------------
 # sample.py
-
-
-def small_world(scope: str = "frame", **options: object) -> WorldModel:
-    """A world model with random weights everywhere: 4 slots, 16×16 pixels."""
-    config = replace(PRESETS["tiny"], size=(16, 16),
-                     unet=replace(WORLD, norm_scope=scope),
-                     autoencoder=AutoencoderConfig(32, (1, 2), 1, latent_scale=1.0),
-                     resampler=ResamplerConfig(48, 1, 3, 16, 4, 64, 48, 4))
-    torch.manual_seed(0)
-    model = Model(config)
-    with_recipe(model.unet, "any.")
-    return WorldModel(model, **{"steps": 3, "overlap": 2} | options)
-
-
-def small_episode(T: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    return random.integers(0, 256, (T, 16, 16, 3), dtype=np.uint8), random.standard_normal((T, 13)).astype(np.float32)
 
 
 def test_the_same_seed_gives_the_same_world():
     frames, actions = small_episode(4)
     def roll(**options):
         return sample.rollout(small_world(**options), frames, actions, context=2)
-    assert np.array_equal(roll(seed=1), roll(seed=1)) and not np.array_equal(roll(seed=1), roll(seed=2))
+    assert np.array_equal(roll(seed=1), roll(seed=1)) and not np.array_equal(roll(seed=1),
+                                                                             roll(seed=2))
     world = small_world(seed=1)
     sample.rollout(world, frames, actions, context=2)
-    assert np.array_equal(sample.rollout(world, frames, actions, context=2), roll(seed=1))  # reset begins anew
+    # reset begins anew
+    assert np.array_equal(sample.rollout(world, frames, actions, context=2), roll(seed=1))
+
+
+def test_the_published_samplers_rollout_is_repeated():
+    # Weights, context, actions and every random number are given; 16 frames of latents are
+    # compared.
+    g = golden("rollout_tiny")
+    published = g["config"]
+    config = UNetConfig(model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1,
+                        head_channels=16, context_dim=24,
+                        default_fps=3, dropout=0.0, action_dim=13)
+    path = folder() / "released.ckpt"
+    torch.save({"state_dict": recipe(released_names(config))}, path)
+    unet = load_vid2world(path, config)
+    around = replace(PRESETS["tiny"], unet=unet.config, size=(16, 16),
+                     autoencoder=AutoencoderConfig(32, (1, 2), 1),
+                     base_scale=published["base_scale"], all_tokens_unless_full=True)
+    model = Model(around)
+    model.unet, model.text = unet, g["text"][0]
+    model.encode, model.image_tokens = (lambda pixels: g["context_latents"]), (
+        lambda anchor: g["image_tokens"])
+    steps = published["steps"]
+    world = WorldModel(model, published["guidance"], steps=steps, eta=published["eta"],
+                       rescale=published["rescale"],
+                       history_level=model.schedule.ddim_levels(steps)[-2])
+    tape = iter(g["noise"].split(1, dim=1))
+    world.noise = lambda B, T: next(tape)
+    world.reset(np.zeros((1, 16, 16, 3), np.uint8))
+    for action in g["actions"][0, :15]:
+        world.step(action)
+    assert error_of(world.latents, g["latents"]) < 1e-5 and next(tape, None) is None
+
+
+def test_what_is_left_out_comes_from_the_checkpoint_else_from_the_paper():
+    model = small_world().model
+    paper = Sampling(guidance=2.5, guidance_levels=(0, 1000), rescale=0.7, steps=50, eta=1.0,
+                     history_level=39)
+    assert WorldModel(model, overlap=2).sampling == paper
+    model.sampling = {"steps": 6, "eta": 0.0, "guidance_levels": (0, 300)}
+    assert WorldModel(model, overlap=2).sampling == replace(paper, steps=6, eta=0.0,
+                                                            guidance_levels=(0, 300))
+    assert WorldModel(model, steps=9, guidance=1.0, overlap=2).sampling == replace(
+        paper, steps=9, guidance=1.0, eta=0.0, guidance_levels=(0, 300))
+    bundled = sample.load_world(TINY_WORLD)
+    assert bundled.sampling == Sampling(**TINY_SAMPLING)  # and what a run of this size will carry
+    assert bundled.sampling == sample.load_world(TINY_WORLD, eta=bundled.sampling.eta).sampling
+
+
+def test_guidance_applies_at_its_levels_and_saves_the_second_pass_elsewhere():
+    frames, actions = small_episode(3)
+    latents = {}
+    for streaming in (True, False):
+        world = small_world(guidance=3.0, steps=5, guidance_levels=(300, 700), streaming=streaming)
+        passes = passes_of(world)
+        sample.rollout(world, frames, actions[:2])
+        versions = [mask.shape[1] - (i == 0) if streaming else len(mask) for i,
+                    (_, _, mask) in enumerate(passes[:5])]
+        assert versions == [1, 1, 2, 2, 1]  # at levels 999, 799, 599, 399, 199
+        latents[streaming] = world.latents
+    assert (latents[True] - latents[False]).abs().max() < 1e-4
+    for levels, same_as in (((0, 1000), {"guidance": 3.0}), ((0, 0), {"guidance": 1.0})):
+        limited, plain = small_world(guidance=3.0, guidance_levels=levels), small_world(**same_as)
+        assert np.array_equal(sample.rollout(limited, frames, actions[:2]),
+                              sample.rollout(plain, frames, actions[:2]))
 
 
 def test_a_rollout_goes_on_past_the_window_and_remembers_all_latents():
@@ -830,59 +1064,54 @@ def test_a_rollout_goes_on_past_the_window_and_remembers_all_latents():
     world = small_world()
     imagined = sample.rollout(world, frames, actions)
     assert imagined.shape == (13, 16, 16, 3) and world.latents.shape == (1, 13, 4, 8, 8)
-    assert world.latents.isfinite().all() and world.history.shape[1] <= 4 and world.pixels.shape[1] <= 4
+    assert world.latents.isfinite().all() and world.window.history.shape[
+        1] <= 4 and world.window.pixels.shape[1] <= 4
 
 
 def test_a_full_window_starts_over_with_its_last_frames():
     world = small_world()
     frames, actions = small_episode(4)
     world.reset(frames, actions[:3])
-    history, latents = world.history.clone(), world.latents.clone()
+    history, latents = world.window.history.clone(), world.latents.clone()
     world.step(actions[3])
-    assert torch.equal(world.history[:, :2], history[:, 2:])  # noised once and kept
-    assert torch.equal(world.anchor, latents[:, 2:3])  # the new anchor is the oldest frame that stays
-    assert torch.equal(world.actions[0, 0], torch.zeros(13)) and world.action_mask[0].tolist() == [1, 1, 1]
-    assert torch.equal(world.actions[0, 1:], torch.from_numpy(actions[2:4]))
+    assert torch.equal(world.window.history[:, :2], history[:, 2:])  # noised once and kept
+    # the new anchor is the oldest frame that stays
+    assert torch.equal(world.window.anchor, latents[:, 2:3])
+    assert torch.equal(world.window.actions[0, 0],
+                       torch.zeros(13)) and world.window.action_mask[0].tolist() == [1, 1, 1]
+    assert torch.equal(world.window.actions[0, 1:], torch.from_numpy(actions[2:4]))
 
 
-def passes_of(world: WorldModel) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """A list that fills with x, k and action mask of every pass of the network from now on."""
-    passes, denoise = [], world.model.denoise
-    def spy(x, k, anchor, context, actions, mask, cache=None):
-        passes.append((x.clone(), k.clone(), mask.clone()))
-        return denoise(x, k, anchor, context, actions, mask, cache)
-    world.model.denoise = spy
-    return passes
-
-
-def test_history_is_held_at_the_second_lowest_level():
+def test_history_is_held_at_level_39_whatever_the_steps():
     world = small_world(steps=50, streaming=False)
-    assert world.history_level == 39 and small_world(steps=1).history_level == 999
+    assert {small_world(steps=steps).sampling.history_level for steps in (1, 2, 4, 6, 50)} == {39}
     seen = passes_of(world)
     frames, actions = small_episode(3)
     world.reset(frames, actions[:2])
     world.step(actions[2])
-    assert [k[0].tolist() for _, k, _ in seen] == [[39, 39, 39, level] for level in world.model.schedule.ddim_levels(50)]
+    assert [k[0].tolist() for _, k, _ in seen] == [[39, 39, 39, level]
+                                                   for level in world.model.schedule.ddim_levels(
+                                                           50)]
     assert all(torch.equal(x[:, :3], seen[0][0][:, :3]) for x, _, _ in seen)
     for _, _, mask in seen:  # the second pass hides the newest action and nothing else
         assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 
 def test_the_level_of_the_history_may_be_chosen():
-    world = small_world(steps=4, history_level=39)
+    world = small_world(steps=4, history_level=20)
     passes = passes_of(world)
     frames, actions = small_episode(3)
     sample.rollout(world, frames, actions[:1])
-    assert passes[0][1][0].tolist() == [39, 999, 999]
+    assert passes[0][1][0].tolist() == [20, 999, 999]
 
 
 def test_unknown_past_actions_are_hidden_not_zero():
     world = small_world()
     frames, actions = small_episode(3)
     world.reset(frames)
-    assert world.action_mask.tolist() == [[1, 0, 0]]
+    assert world.window.action_mask.tolist() == [[1, 0, 0]]
     world.reset(frames, actions[:2])
-    assert world.action_mask.tolist() == [[1, 1, 1]]
+    assert world.window.action_mask.tolist() == [[1, 1, 1]]
 
 
 def test_guidance_1_is_one_conditional_pass():
@@ -893,7 +1122,8 @@ def test_guidance_1_is_one_conditional_pass():
         passes = passes_of(one)
         sample.rollout(one, frames, actions[:2])
         sample.rollout(almost, frames, actions[:2])
-        assert [x.shape[:2] for x, _, _ in passes] == ([(1, 2), (1, 1), (1, 1)] * 2 if streaming else [(1, 2)] * 3 + [(1, 3)] * 3)
+        assert [x.shape[:2] for x, _, _ in passes] == ([(1, 2), (1, 1), (1, 1)] * 2 if streaming
+                                                       else [(1, 2)] * 3 + [(1, 3)] * 3)
         assert error_of(one.latents, almost.latents) < 1e-4
 
 
@@ -902,24 +1132,27 @@ def test_streaming_runs_one_frame_at_a_time():
     passes = passes_of(world)
     frames, actions = small_episode(2)
     sample.rollout(world, frames, np.concatenate([actions] * 3))
-    # 3 steps over the new frame's two versions; the first takes along the frame before, or the last 2 of a full window.
+    # 3 steps over the new frame's two versions; the first takes along the frame before, or the last
+    # 2 of a full window.
     assert [x.shape[1] for x, _, _ in passes] == [3, 2, 2] * 3 + [4, 2, 2] + [3, 2, 2] + [4, 2, 2]
     assert [mask.tolist() for _, k, mask in passes[3:6]] == [[[1, 1, 0]], [[1, 0]], [[1, 0]]]
 
 
 def test_streaming_imagines_the_same_frames():
-    # as recomputing does, over many windows; with and without guidance, for one world and for three, from one frame and from four
-    for scope, guidance, worlds, context in (("past", 1, 3, 4), ("past", 2.5, 1, 1), ("frame", 1, 1, 4), ("frame", 2.5, 3, 1)):
+    # as recomputing does, over many windows; with and without guidance, for one world and for
+    # three, from one frame and from four
+    for scope, guidance, worlds, context in (("past", 1, 3, 4), ("past", 2.5, 1, 1),
+                                             ("frame", 1, 1, 4), ("frame", 2.5, 3, 1)):
         episodes = [small_episode(4, seed) for seed in range(worlds)]
         frames, actions = (np.stack(arrays) for arrays in zip(*episodes))
         latents = []
         for streaming in (True, False):
             world = small_world(scope, guidance=guidance, steps=2, streaming=streaming)
             world.reset(frames[:, :context], actions[:, : context - 1])
-            for t in range(40 - context):
+            for t in range(12 - context):
                 world.step(actions[:, t % 4])
             latents.append(world.latents)
-        assert latents[0].shape[1] == 40
+        assert latents[0].shape[1] == 12
         assert (latents[0] - latents[1]).abs().max() < 1e-4, (scope, guidance, worlds, context)
 
 
@@ -930,9 +1163,9 @@ def test_every_memory_matters():
         world = small_world("past", steps=2)
         world.reset(frames[:2], actions[:1])
         world.step(actions[1])
-        for layer, memory in world.cache.items():
+        for layer, memory in world.cache.memory.items():
             if isinstance(layer, forget or ()):
-                world.cache[layer] = memory + 0.1 if isinstance(memory, Tensor) else [tensor + 0.1 for tensor in memory]
+                world.cache.memory[layer] = tuple(tensor + 0.1 for tensor in memory)
         world.step(actions[2])
         return world.latents
     right = roll(None)
@@ -961,8 +1194,10 @@ def test_an_interrupted_step_leaves_the_world_as_it_was():
 
 def test_the_cache_of_the_full_network_is_as_large_as_stated():
     with torch.device("meta"):
-        network, cache = UNet(replace(UNetConfig(), causal=True, norm_scope="frame")), Cache(capacity=16)
-        network(torch.empty(1, 8, 8, 40, 64), torch.empty(1, 8), torch.empty(1, 77, 1024), torch.empty(1, 8, 16, 1024),
+        network, cache = UNet(replace(UNetConfig(), causal=True,
+                                      norm_scope="frame")), Cache(capacity=16)
+        network(torch.empty(1, 8, 8, 40, 64), torch.empty(1, 8), torch.empty(1, 77, 1024),
+                torch.empty(1, 8, 16, 1024),
                 cache=cache)
     assert round(cache.nbytes / 2 / 1e9, 2) == 1.34  # in bfloat16, half of what float32 takes
 
@@ -981,10 +1216,8 @@ def test_a_cache_refuses_what_it_cannot_remember():
     network, inputs = causal_network("frame")
     inputs = {name: tensor[:, :1] if name != "text" else tensor for name, tensor in inputs.items()}
     cache = Cache(capacity=2)
-    cache.alternatives = 1
     with raises(ValueError, "append a frame before"):
-        network(**inputs, cache=cache)
-    cache.alternatives = 0
+        cache.begin(frames=1, alternatives=1)
     for _ in range(2):
         network(**inputs, cache=cache)
     with raises(ValueError, "has room for 0"):
@@ -1021,11 +1254,11 @@ def test_sampling_all_frames_together_hides_every_action():
     world = small_world()
     passes = passes_of(world)
     frames, actions = small_episode(4)
-    assert world.imagine_together(frames, actions[:3]).shape == (4, 16, 16, 3)
-    for _, k, mask in passes:
-        assert k.unique().numel() == 1 and mask.tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    assert imagine_together(world, frames, actions[:3]).shape == (4, 16, 16, 3)
+    assert [mask.unique().tolist() for _, _, mask in passes] == [[1], [0]] * 3
+    assert all(k.unique().numel() == 1 and mask.shape == (1, 4) for _, k, mask in passes)
     with raises(RequestError, "6 frames do not fit into one window of 4"):
-        world.imagine_together(frames, np.zeros((5, 13)))
+        imagine_together(world, frames, np.zeros((5, 13)))
 
 
 def test_impossible_requests_are_refused_and_leave_the_world_as_it_was():
@@ -1035,26 +1268,88 @@ def test_impossible_requests_are_refused_and_leave_the_world_as_it_was():
     frames, actions = small_episode(2)
     world.reset(frames, actions[:1])
     before = world.latents.clone()
-    for action, words in ((np.full(13, np.nan), "not finite"), (np.full(13, np.inf), "not finite"), (np.zeros(7), r"\[1, 7\]")):
+    for action, words in ((np.full(13, np.nan), "not finite"), (np.full(13, np.inf), "not finite"),
+                          (np.zeros(7), r"\[1, 7\]")):
         with raises(RequestError, words):
             world.step(action)
     assert torch.equal(world.latents, before)
     with raises(RequestError, "uint8"):
         world.reset(frames.astype(np.float32))
-    for options in ({"guidance": float("nan")}, {"steps": 0}, {"history_level": 1000}, {"overlap": 4}, {"eta": 2.0}, {"rescale": -1.0}):
+    for options in ({"guidance": float("nan")}, {"steps": 0}, {"history_level": 1000},
+                    {"overlap": 4}, {"eta": 2.0}, {"rescale": -1.0}):
         with raises(RequestError, next(iter(options))):
             small_world(**options)
 
 
+def test_a_refused_reset_leaves_the_world_as_it_was():
+    world = small_world()
+    frames, actions = small_episode(3)
+    with raises(RequestError, "expected .1, 2, 13."):
+        world.reset(frames, actions[:1])
+    with raises(RequestError, "call reset"):  # there is still no world
+        world.step(actions[0])
+    world.reset(frames, actions[:2])
+    window = world.window
+    with raises(RequestError, "not finite"):
+        world.reset(frames[::-1], np.full((2, 13), np.nan))
+    assert world.window is window
+
+
+def test_sampling_together_leaves_the_world_as_it_was():
+    frames, actions = small_episode(4)
+    world, undisturbed = small_world(), small_world()
+    for each in (world, undisturbed):
+        each.reset(frames[:1])
+        each.step(actions[0])
+    imagine_together(world, frames, actions[:3])
+    assert np.array_equal(world.step(actions[1]), undisturbed.step(actions[1]))
+
+
+def test_a_world_goes_back_to_an_earlier_window():
+    frames, actions = small_episode(4)
+    world = small_world()
+    world.reset(frames[:1])
+    world.step(actions[0])
+    window, first = world.window, world.step(actions[1])
+    world.step(actions[2])
+    world.go_back(window)
+    assert np.array_equal(world.step(actions[1]), first)
+
+
+def test_actions_that_are_no_numbers_are_refused():
+    for actions, words in ((np.zeros(13, complex), "complex128"),
+                           (np.zeros(13, "M8[s]"), "datetime64"), (["1"] * 13, "type <U1"),
+                           ([[1], [1, 2]], "no regular array"), (np.full(13, 1e300), "not finite"),
+                           (np.zeros(13, object), "type object")):
+        with raises(RequestError, words):
+            sample.to_numbers(actions)
+    assert sample.to_numbers(np.ones(3, bool)).tolist() == [1, 1, 1]
+
+
+def test_given_frames_came_by_their_own_actions():
+    recorded = np.arange(8.0, dtype=np.float32)[:, None].repeat(2, axis=1)
+    def chosen(**words) -> list[float]:
+        return sample.choose_actions(sample.Settings(frames=6, **words), recorded, context=3)[0][:,
+                                                                                                 0].tolist()
+    assert chosen() == [0, 1, 2, 3, 4]
+    assert chosen(repeat_action=[9, 9]) == [0, 1, 9, 9, 9] and chosen(repeat_action=[]) == [0, 1, 2,
+                                                                                            2, 2]
+    np.save(path := folder() / "future.npy", np.full((2, 2), 7))
+    assert chosen(actions=str(path)) == [0, 1, 7, 7]
+
+
 def test_whole_models_come_from_original_and_released_checkpoints():
     config = ModelConfig(unet=WORLD, autoencoder=AutoencoderConfig(32, (1, 2), 1), size=(16, 16),
-                         image_tower=ImageTowerConfig(28, 14, 64, 2, 4, 48), text_tower=TextTowerConfig(77, 49408, 48, 3, 3, 48),
+                         image_tower=ImageTowerConfig(28, 14, 64, 2, 4, 48),
+                         text_tower=TextTowerConfig(77, 49408, 48, 3, 3, 48),
                          resampler=ResamplerConfig(48, 1, 3, 16, 16, 64, 48, 4))
-    released = {name: torch.randn(shape) * 0.05 for name, shape in released_names(replace(SMALL, action_dim=13)).items()}
+    released = {name: torch.randn(shape) * 0.05 for name,
+                shape in released_names(replace(SMALL, action_dim=13)).items()}
     passive = [f"model.diffusion_model.{name}" for name in UNet(SMALL).state_dict()]
     path = small_checkpoint(**dict.fromkeys(passive) | released)
     frames, actions = small_episode(2)
-    for model in (from_dynamicrafter(small_checkpoint(), config), from_vid2world(path, replace(config, unet=SMALL))):
+    for model in (from_dynamicrafter(small_checkpoint(), config),
+                  from_vid2world(path, replace(config, unet=SMALL))):
         assert model.text.shape == (77, 48) and model.config.unet.action_dim == 13
         imagined = sample.rollout(WorldModel(model, steps=2, overlap=2), frames[:1], actions)
         assert imagined.shape == (3, 16, 16, 3)
@@ -1073,26 +1368,19 @@ def test_a_released_checkpoint_gets_all_tokens_unless_the_clip_is_full():
     assert torch.equal(model.image_context(tokens, 4), tokens.unflatten(1, (4, 4)))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train.py
-
-
-def train_words(root: Path, out: Path, steps: int = 4, batch: int = 2) -> list[object]:
-    return ["--data", "rt1", "--root", root, "--scratch", "--out", out, "--frames", 4, "--size", 32, 32, "--steps", steps, "--batch", batch,
-            "--autoencoder-steps", 2, "--val-clips", 2, "--sample-steps", 1, "--save-every", 2, "--val-every", 4, "--workers", 0]
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def test_the_whole_path_trains_resumes_and_rolls_out():
     root, whole, halves = make_rt1([8] * 6), folder() / "whole", folder() / "halves"
     code, printed = run_command(train.main, *train_words(root, whole))
     assert code == 0, printed
-    assert {"checkpoint.pt", "frozen.pt", "log.jsonl", "loss.png", "step_0000004.png"} <= {p.name for p in whole.iterdir()}
+    assert {"checkpoint.pt", "frozen.pt", "log.jsonl", "loss.png", "step_0000004.png"} <= {p.name
+                                                                                           for p in whole.iterdir()}
 
-    # Stopped by a signal after two steps, and taken up again: the losses of the run that was never stopped.
+    # Stopped by a signal after two steps, and taken up again: the losses of the run that was never
+    # stopped.
     batch_loss, calls = train.batch_loss, []
     def stop_at_second(*inputs):
         calls.append(1)
@@ -1114,18 +1402,23 @@ def test_the_whole_path_trains_resumes_and_rolls_out():
 
     refused(train.main, *train_words(root, whole), saying="holds a run: --resume")
     out = folder()
-    code, printed = run_command(sample.main, "--checkpoint", whole, "--steps", 2, "--frames", 6, "--out", out)
+    code, printed = run_command(sample.main, "--checkpoint", whole, "--steps", 2, "--frames", 6,
+                                "--out", out)
     assert code == 0 and printed.count("PSNR") == 5, printed
     assert {path.suffix for path in out.iterdir()} == {".png", ".gif"}
     gif = Image.open(next(out.glob("*.gif")))
     assert gif.n_frames == 6
-    code, printed = run_command(sample.main, "--checkpoint", whole, "--steps", 1, "--repeat-action", "--nar", "--out", out)
+    code, printed = run_command(sample.main, "--checkpoint", whole, "--steps", 1, "--repeat-action",
+                                "--frames", 3, "--out", out)
     assert code == 0 and "PSNR" not in printed, printed
     np.save(out / "narrow.npy", np.zeros((3, 7)))
     np.save(out / "nan.npy", np.full((3, 13), np.nan))
-    for words, saying in ((["--guidance", "nan"], "guidance is nan"), (["--episode", 99], "no episode 99"),
-                          (["--actions", out / "narrow.npy"], "takes 13 numbers"), (["--actions", out / "nan.npy"], "not finite"),
-                          (["--data", "bridge"], "does not hold this data set"), (["--steps", "x"], "invalid int")):
+    for words, saying in ((["--guidance", "nan"], "guidance is nan"),
+                          (["--episode", 99], "no episode 99"),
+                          (["--actions", out / "narrow.npy"], r"expected .N, 13."),
+                          (["--actions", out / "nan.npy"], "not finite"),
+                          (["--data", "bridge"], "does not hold this data set"),
+                          (["--steps", "x"], "invalid int")):
         refused(sample.main, "--checkpoint", whole, "--out", out, *words, saying=saying)
     content = (whole / "checkpoint.pt").read_bytes()
     (whole / "checkpoint.pt").write_bytes(content[: len(content) // 2])
@@ -1137,8 +1430,9 @@ def test_bad_input_to_training_is_refused_in_a_sentence():
     refused(train.main, *train_words(folder() / "none", out), saying="no folder")
     refused(train.main, *train_words(folder(), out), saying="holds no episodes")
     refused(train.main, *train_words(make_rt1([3] * 6), out), saying="shorter than 4 frames")
-    refused(train.main, *train_words(root, out), "--base", "nothing.ckpt", "--preset", "512", "--size", 64, 64, saying="no checkpoint at")
-    refused(train.main, *train_words(root, out), "--preset", "512", saying="--base")
+    refused(train.main, *train_words(root, out), "--base", "nothing.ckpt",
+            saying="no checkpoint at")
+    refused(train.main, *train_words(root, out, 4, 2, "preset=512"), saying="--base")
     refused(train.main, *train_words(root, out), "--size", 30, 32, saying="multiples of")
     assert not out.exists()
     other = folder()
@@ -1152,24 +1446,97 @@ def test_a_network_of_another_action_size_is_refused():
     assert run_command(train.main, *train_words(root, out, steps=1))[0] == 0
     frames, actions = make_episode(8, seed=0)
     bridge = folder()
-    payload = encode_example({"steps/observation/image_0": [encode_jpeg(f) for f in frames], "steps/action": actions[:, :7].ravel()})
+    payload = encode_example({"steps/observation/image_0": [encode_jpeg(f) for f in frames],
+                              "steps/action": actions[:, :7].ravel()})
     write_records(bridge / "bridge_dataset-train.tfrecord-00000-of-00001", [payload] * 3)
-    refused(train.main, "--resume", "--out", out, "--data", "bridge", "--root", bridge, saying="7 numbers.*takes 13")
-    refused(sample.main, "--checkpoint", out, "--data", "bridge", "--root", bridge, saying="takes 13 numbers")
+    refused(train.main, "--resume", "--out", out, "--data", "bridge", "--root", bridge,
+            saying="7 numbers.*takes 13")
+    refused(sample.main, "--checkpoint", out, "--data", "bridge", "--root", bridge,
+            saying="7 numbers.*takes 13")
+
+
+def test_resuming_what_is_no_run_is_refused():
+    nowhere, other = folder() / "mistyped", folder()
+    refused(train.main, "--resume", "--out", nowhere, saying="no run in .*mistyped to resume")
+    assert not nowhere.exists()
+    (other / "thesis.txt").write_text("mine")
+    refused(train.main, "--resume", "--out", other, saying="no run in")
+    (other / "arguments.json").write_text("{")
+    refused(train.main, "--resume", "--out", other, saying="no run in")
+
+
+def test_a_signal_to_the_whole_process_group_saves_the_run():
+    out = folder() / "run"
+    words = ["--steps", 500, "--save-every", 1000, "--workers", 2, "--scratch", "--frames", 4,
+             "--size", 32, 32, "--batch", 1,
+             "--root", make_rt1([8] * 6), "--out", out, "--set", "autoencoder_steps=1",
+             "val_clips=1"]
+    run = subprocess.Popen([sys.executable, HERE / "train.py", *map(str, words)],
+                           start_new_session=True, cwd=HERE,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.time() + 120
+    while not (out / "log.jsonl").exists() or len(losses(out)) < 3:
+        assert time.time() < until and run.poll() is None, run.stdout.read()
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    printed, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM and "go on:" in printed, printed
+    assert read_checkpoint(out / "checkpoint.pt")["step"] == len(losses(out)) >= 3
+
+
+def test_training_says_how_long_it_will_take():
+    settings = train.Settings(out=str(folder()), steps=600)
+    words = io.StringIO()
+    recorder = train.Recorder.__new__(train.Recorder)
+    recorder.settings = settings
+    with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
+        recorder.announce_end(step=11, seconds=3.0)
+    assert re.search(r"3.00 s a step: about 29 minutes.*--steps 150",
+                     words.getvalue()), words.getvalue()
+
+
+def test_settings_are_those_of_the_kind_of_model_and_can_be_changed():
+    small, full = train.parse_arguments([]), train.Settings()
+    assert (small.steps, small.batch, small.preset, small.size, small.augment) == (500, 4, "tiny",
+                                                                                   [64, 80], False)
+    assert (full.steps, full.batch, full.lr, full.clip_grad, full.action_dropout) == (100_000, 8,
+                                                                                      1e-5, 0.5, 0.2)
+    changed = train.parse_arguments(["--set", "clear_frames=0.6", "weighting=clean", "dropout=0",
+                                     "val_clips=3"])
+    assert (changed.clear_frames, changed.weighting, changed.dropout, changed.val_clips) == (0.6,
+                                                                                             "clean", 0, 3)
+    base = small_checkpoint(scale_arr=NoiseSchedule(0.3).scale)
+    large = train.parse_arguments(["--base", str(base)])
+    assert (large.preset, large.size, large.steps) == ("1024", [576, 1024], 100_000)
+    for words, saying in ((["--set", "magic=1"], "knows no 'magic'"),
+                          (["--set", "val_clips=x"], "expected a whole number"),
+                          (["--seed", 2**64], "between 0 and 2.63"), (["--seed", -1], "between 0"),
+                          (["--steps", 0], "at least 1"),
+                          (["--workers", -1], "at least 0"), (["--out", "a\0b"], "null byte"),
+                          (["--set", "preset=huge"], "preset is 'huge'")):
+        refused(train.main, *words, saying=saying)
+    code, printed = run_command(train.main, "--help")
+    # what will be used
+    assert code == 0 and "(default: 500)" in printed and "100000" not in printed
+    options = set(re.findall(r"^  --([a-z-]+)", printed, re.M))
+    assert len(options) <= 24, options
+    printed = run_command(sample.main, "--help")[1]
+    assert len(set(re.findall(r"^  --([a-z-]+)", printed, re.M))) <= 14
 
 
 def test_noise_and_masks_belong_to_the_clip_not_to_the_batch():
     model = small_world().model
-    actions = torch.randn(4, 5, 13)
-    together = train.draw(model, actions, [0, 1, 2, 3], seed=0, action_dropout=0.5, image_dropout=0.5)
-    apart = train.draw(model, actions[2:], [2, 3], seed=0, action_dropout=0.5, image_dropout=0.5)
+    actions, settings = torch.randn(4, 5, 13), train.Settings(action_dropout=0.5, image_dropout=0.5)
+    together = train.draw(model, actions, [0, 1, 2, 3], settings)
+    apart = train.draw(model, actions[2:], [2, 3], settings)
     assert all(torch.equal(together[name][2:], apart[name]) for name in together)
     assert len(together["k"].unique()) > 10  # a level for every frame
-    shared = train.draw(model, actions, [0, 1, 2, 3], 0, 0.5, 0.5, shared_level=True)
+    shared = train.draw(model, actions, [0, 1, 2, 3], replace(settings, shared_level=True))
     assert all(len(levels.unique()) == 1 for levels in shared.pop("k")) and len(shared) == 4
     assert all(torch.equal(together[name], shared[name]) for name in shared)
-    clear = train.draw(model, actions, [0, 1, 2, 3], 0, 0.5, 0.5, clear_frames=0.5)
-    lowered = clear["k"] != together["k"]  # some frames of the clip, each by itself, to the lowest tenth of the levels
+    clear = train.draw(model, actions, [0, 1, 2, 3], replace(settings, clear_frames=0.5))
+    # some frames of the clip, each by itself, to the lowest tenth of the levels
+    lowered = clear["k"] != together["k"]
     assert 0 < lowered.sum() < lowered.numel() and (clear["k"] < 100)[lowered].all()
 
 
@@ -1185,19 +1552,23 @@ def test_a_passive_model_learns_without_actions_and_without_causality():
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch():
     root, one, two = make_rt1([8] * 6), folder() / "one", folder() / "two"
-    words = ["--dropout", 0, "--norm-scope", "past"]
-    assert run_command(train.main, *train_words(root, one, steps=2, batch=2), *words)[0] == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
+    words = ["dropout=0", "--norm-scope", "past"]
+    assert run_command(train.main, *train_words(root, one, 2, 2, *words))[0] == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+              "--master_addr=127.0.0.1",
               f"--master_port={free_port()}", HERE / "train.py"]
-    done = subprocess.run([*map(str, launch), *map(str, train_words(root, two, steps=2, batch=1) + words)], cwd=HERE,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150)
+    done = subprocess.run([*map(str, launch), *map(str, train_words(root, two, 2, 1, *words))],
+                          cwd=HERE,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
     assert np.allclose(losses(one), losses(two), rtol=1e-5)
     ours, theirs = load_model(one).state_dict(), load_model(two).state_dict()
-    assert error_of(torch.cat([w.flatten() for w in theirs.values()]), torch.cat([w.flatten() for w in ours.values()])) < 1e-5
+    assert error_of(torch.cat([w.flatten() for w in theirs.values()]),
+                    torch.cat([w.flatten() for w in ours.values()])) < 1e-5
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # evaluation/
 
 
@@ -1206,13 +1577,15 @@ def noisy_pictures() -> tuple[np.ndarray, np.ndarray]:
     random = np.random.RandomState(0)
     frame = open_episodes("rt1", SAMPLES, "val")[0].read(0, 1)[0]
     noise = random.randint(-20, 21, frame.shape)
-    pairs = [(frame, np.clip(frame.astype(int) + noise, 0, 255).astype(np.uint8)), random.randint(0, 256, (2, *frame.shape)).astype(np.uint8)]
+    pairs = [(frame, np.clip(frame.astype(int) + noise, 0, 255).astype(np.uint8)),
+             random.randint(0, 256, (2, *frame.shape)).astype(np.uint8)]
     ours, theirs = (np.concatenate(side) for side in zip(*pairs))
     return ours, theirs
 
 
 def test_psnr_and_ssim_are_scikit_images():
-    # structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255, channel_axis=-1), 0.26.0
+    # structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    # data_range=255, channel_axis=-1), 0.26.0
     ours, theirs = noisy_pictures()
     assert np.allclose(metrics.psnr(ours, theirs), [26.670384, 7.745417], atol=1e-4)
     assert np.allclose(metrics.ssim(ours, theirs), [0.692203, -0.002591], atol=1e-4)
@@ -1229,7 +1602,8 @@ def statistics_of(features: Tensor, batch: int = 7) -> metrics.Statistics:
 
 
 def test_streamed_statistics_are_those_of_two_passes():
-    features = torch.randn(100, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 1000
+    features = torch.randn(100, 6, generator=torch.Generator().manual_seed(0),
+                           dtype=torch.float64) * 3 + 1000
     statistics = statistics_of(features)
     assert error_of(statistics.mean, features.mean(0)) < 1e-12
     assert error_of(statistics.covariance, torch.cov(features.T)) < 1e-10
@@ -1238,10 +1612,13 @@ def test_streamed_statistics_are_those_of_two_passes():
 def test_the_frechet_distance_is_the_formula_with_the_matrix_root():
     generator = torch.Generator().manual_seed(0)
     for count in (100, 5):  # 5 vectors of 8 numbers: singular covariances
-        a, b = (torch.randn(count, 8, generator=generator, dtype=torch.float64) @ torch.randn(8, 8, generator=generator, dtype=torch.float64)
+        a, b = (torch.randn(count, 8, generator=generator, dtype=torch.float64) @ torch.randn(8, 8,
+                                                                                              generator=generator, dtype=torch.float64)
                 + i for i in range(2))
-        eigenvalues = np.linalg.eigvals((torch.cov(a.T) @ torch.cov(b.T)).numpy()).astype(complex)  # of C1 C2, whose root's trace is wanted
-        formula = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace() \
+        # of C1 C2, whose root's trace is wanted
+        eigenvalues = np.linalg.eigvals((torch.cov(a.T) @ torch.cov(b.T)).numpy()).astype(complex)
+        formula = (a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(
+            b.T).trace() \
             - 2 * np.sqrt(eigenvalues).real.sum()
         ours = metrics.frechet_distance(statistics_of(a), statistics_of(b))
         assert abs(ours - float(formula)) < 1e-6 * float(formula), (count, ours, float(formula))
@@ -1250,49 +1627,18 @@ def test_the_frechet_distance_is_the_formula_with_the_matrix_root():
         metrics.frechet_distance(statistics_of(a[:1]), statistics_of(b))
 
 
-class Inception(nn.Module):
-    """Answers to the calls of the real one, with features of fewer numbers. In training mode it would add noise."""
-
-    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
-        assert images.dtype == torch.uint8 and return_features
-        pooled = nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
-        return nn.functional.dropout(pooled, 0.5, self.training)
-
-
-class Vgg(nn.Module):
-    def forward(self, images: Tensor, resize_images: bool = True, return_lpips: bool = False) -> Tensor:
-        assert not resize_images and return_lpips
-        return images.flatten(1) / 1000
-
-
-class I3d(nn.Module):
-    def forward(self, videos: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
-        assert rescale and resize and return_features and videos.size(1) == 3
-        return videos.flatten(3).mean(3).flatten(1)
-
-
-class Flat(nn.Module):
-    def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
-        return images.float().flatten()
-
-
-def small_networks() -> dict[str, Path]:
-    paths = {"--inception": Inception, "--lpips": Vgg, "--i3d": I3d, "flat": Flat}
-    out = folder()
-    for name, network in paths.items():
-        torch.jit.script(network().train()).save(str(out / f"{name.strip('-')}.pt"))
-    return {name: out / f"{name.strip('-')}.pt" for name in paths}
-
-
 def test_the_evaluation_command_measures_continues_and_shares():
     out, networks = folder(), small_networks()
     words = ["--episodes", 5, "--batch", 2, "--frames", 5, "--steps", 2]
-    words += [word for name in ("--inception", "--lpips", "--i3d") for word in (name, networks[name])]
+    words += [word for name in ("--inception", "--lpips", "--i3d")
+              for word in (name, networks[name])]
     code, printed = run_command(evaluate.main, *words, "--out", out / "whole")
     assert code == 0, printed
     whole = json.loads((out / "whole" / "result.json").read_text())
-    assert set(whole["result"]) == {"psnr", "ssim", "lpips", "fid", "fvd", "psnr of repeating"} and not whole["absent"]
-    assert whole["episodes"] == 5 and len(whole["by_frame"]["psnr"]) == 4 and (out / "whole" / "lpips.png").exists()
+    assert set(whole["result"]) == {"psnr", "ssim", "lpips", "fid", "fvd",
+                                    "psnr of repeating"} and not whole["absent"]
+    assert whole["episodes"] == 5 and len(whole["by_frame"]["psnr"]) == 4 and (out / "whole"
+                                                                               / "lpips.png").exists()
 
     # Interrupted in its third batch, it goes on there.
     right, calls = evaluate.score, []
@@ -1303,10 +1649,7 @@ def test_the_evaluation_command_measures_continues_and_shares():
         right(*inputs)
     evaluate.score = interrupted
     try:
-        run_command(evaluate.main, *words, "--out", out / "halves")
-        assert False, "not interrupted"
-    except KeyboardInterrupt:
-        pass
+        assert run_command(evaluate.main, *words, "--out", out / "halves")[0] == 130
     finally:
         evaluate.score = right
     code, printed = run_command(evaluate.main, *words, "--out", out / "halves")
@@ -1314,70 +1657,86 @@ def test_the_evaluation_command_measures_continues_and_shares():
     assert json.loads((out / "halves" / "result.json").read_text())["result"] == whole["result"]
 
     # Two processes share the batches.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+              "--master_addr=127.0.0.1",
               f"--master_port={free_port()}", "-m", "evaluation.evaluate"]
-    done = subprocess.run([*map(str, launch), *map(str, words), "--out", out / "shared"], cwd=HERE, capture_output=True, text=True,
+    done = subprocess.run([*map(str, launch), *map(str, words), "--out", out / "shared"], cwd=HERE,
+                          capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
     shared = json.loads((out / "shared" / "result.json").read_text())["result"]
-    assert all(abs(shared[name] - value) < 1e-3 * abs(value) for name, value in whole["result"].items()), (shared, whole["result"])
+    assert all(abs(shared[name] - value) < 1e-3 * abs(value) for name,
+               value in whole["result"].items()), (shared, whole["result"])
 
-    code, printed = run_command(evaluate.main, "--episodes", 1, "--frames", 3, "--steps", 1, "--nar", "--out", out / "nar")
+    code, printed = run_command(evaluate.main, "--episodes", 1, "--frames", 3, "--steps", 1,
+                                "--nar", "--out", out / "nar")
     assert code == 0 and printed.count("absent") == 3 and "no --inception network" in printed
-    for bad, saying in ((["--inception", "none.pt"], "no network for Inception at none.pt"), (["--i3d", HERE / "README.md"], "no TorchScript"),
+    for bad, saying in ((["--inception", "none.pt"], "no network for Inception at none.pt"),
+                        (["--i3d", HERE / "README.md"], "no TorchScript"),
                         (["--inception", networks["flat"]], r"expected .*features. of Inception"),
                         (["--lpips", networks["--i3d"]], "cannot be asked as LPIPS")):
         refused(evaluate.main, *words[:8], "--out", out / "bad", *bad, saying=saying)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The bundled world
 
 
-def test_the_bundled_world_foretells_what_actions_do():
+def test_the_bundled_world_predicts_what_actions_do():
     episodes = open_episodes("rt1", SAMPLES, "val").where(np.arange(6))
-    world = sample.load_world(TINY_WORLD, guidance=1.0, steps=2, eta=0.0, history_level=39)
-    (frames, actions), = evaluate.read_batches(episodes, 16, 6, world.model.config.size)
+    world = sample.load_world(TINY_WORLD, guidance=1.0, steps=2)
+    (frames, actions), = evaluate.read_batches(episodes, 16, 6, world.model.config)
     tally = evaluate.evaluate(world, episodes, frames=16, context=1, batch=6)
     right, repeating = (tally.sums[name].mean() / 6 for name in ("psnr", "psnr of repeating"))
-    misled = metrics.psnr(evaluate.imagine(world, frames, np.roll(actions, 1, axis=0)[:, :-1]), frames)[:, 1:].mean()
-    assert tally.sums["psnr"].shape == (15,) and right > repeating + 4 and right > misled + 4, (right, repeating, misled)
+    misled = metrics.psnr(evaluate.imagine(world, frames, np.roll(actions, 1, axis=0)[:, :-1]),
+                          frames)[:, 1:].mean()
+    assert tally.sums["psnr"].shape == (15,) and right > repeating + 4 and right > misled + 4, (
+        right, repeating, misled)
 
 
 def test_the_bundled_files_are_small_and_halved():
     for path in (TINY_BASE, TINY_WORLD):
         content = read_checkpoint(path)
         weights = content.get("state_dict") or content["weights"]
-        assert path.stat().st_size < 16e6 and all(tensor.dtype == torch.float16 for tensor in weights.values())
+        assert path.stat().st_size < 16e6 and all(tensor.dtype == torch.float16
+                                                  for tensor in weights.values())
     assert sum(path.stat().st_size for path in (HERE / "samples").iterdir()) < 10e6
-    assert sum(p.numel() for p in from_dynamicrafter(TINY_BASE, PRESETS["tiny"]).unet.parameters()) < 8e6
+    assert sum(p.numel() for p in from_dynamicrafter(TINY_BASE,
+                                                     PRESETS["tiny"]).unet.parameters()) < 8e6
 
 
 def test_without_data_or_checkpoint_the_commands_take_the_bundled_ones_and_say_so():
     def run(*words: object) -> str:
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=folder(), capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=folder(), capture_output=True,
+                              text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
-    said = run(HERE / "train.py", "--data", "rt1", "--steps", 2, "--batch", 1, "--frames", 4, "--val-clips", 1, "--sample-steps", 1)
+    said = run(HERE / "train.py", "--data", "rt1", "--steps", 2, "--batch", 1, "--frames", 4,
+               "--set", "val_clips=1")
     assert "rt1 from samples (bundled)" in said and "base: tiny_base.pt (bundled)" in said and "python sample.py --checkpoint" in said
     said = run(HERE / "sample.py", "--guidance", 2.0, "--steps", 2, "--frames", 3)
-    assert "tiny_world.pt (bundled)" in said and "samples (bundled)" in said and said.count("PSNR") == 2
+    assert "tiny_world.pt (bundled)" in said and "samples (bundled)" in said and said.count(
+        "PSNR") == 2
 
 
 def test_runs_are_bundled_as_a_base_and_as_a_world():
     root, runs, out = make_rt1([8] * 6), folder(), folder()
     words = ["--warmup", 0, "--lr", 1e-3]
-    assert run_command(train.main, *train_words(root, runs / "base", steps=1), *words, "--passive")[0] == 0
+    assert run_command(train.main, *train_words(root, runs / "base", steps=1), *words,
+                       "--passive")[0] == 0
     bundle_base(runs / "base", out / "tiny_base.pt")
-    words = [word for word in train_words(root, runs / "world", steps=2) if word != "--scratch"] + words
+    words = [word for word in train_words(root, runs / "world", steps=2)
+             if word != "--scratch"] + words
     assert run_command(train.main, *words, "--base", out / "tiny_base.pt")[0] == 0
     bundle_world(runs / "world", out / "tiny_world.pt")
     frames, actions = make_episode(4, seed=1)
-    ours, theirs = (sample.load_world(path, steps=2) for path in (out / "tiny_world.pt", runs / "world"))
+    ours, theirs = (sample.load_world(path, steps=2)
+                    for path in (out / "tiny_world.pt", runs / "world"))
     for world in (ours, theirs):
         sample.rollout(world, frames, actions[:-1])
     assert error_of(ours.latents, theirs.latents) < 1e-2
-    assert not any(name.startswith("autoencoder.") for name in read_checkpoint(out / "tiny_world.pt")["weights"])
+    assert not any(name.startswith("autoencoder.")
+                   for name in read_checkpoint(out / "tiny_world.pt")["weights"])
     tune_decoder(runs / "world", steps=1)
     bundle_world(runs / "world", out / "tiny_world.pt")
     kept = read_checkpoint(out / "tiny_world.pt")["weights"]
@@ -1387,111 +1746,80 @@ def test_runs_are_bundled_as_a_base_and_as_a_world():
 
 def test_the_gripper_is_read_off_frames_and_its_directions_off_episodes():
     episodes = open_episodes("rt1", SAMPLES, "train").where(np.arange(16))
-    reader = obedience.train_reader(episodes, steps=120)
+    reader = controllability.train_reader(episodes, steps=120)
     held_out = open_episodes("rt1", SAMPLES, "val").where(np.arange(4))
-    frames, places = obedience.recorded(held_out)
+    frames, places = controllability.recorded(held_out)
     with torch.no_grad():
         assert (reader(frames) - places).norm(dim=1).mean() < 4  # and about 20 for the mean place
-    across, up = obedience.directions(episodes)
-    assert across[0] > 0 and across[1] > 0 and up[2] < 0  # x and y go to the right of the picture, z goes up
+    across, up = controllability.directions(episodes)
+    # x and y go to the right of the picture, z goes up
+    assert across[0] > 0 and across[1] > 0 and up[2] < 0
 
 
 def test_transfers_and_ablations_are_compared():
-    code, printed = run_command(transfers.main, "--clips", 1, "--out", folder())
-    rows = [row.split("|") for row in printed.splitlines() if re.match(r"\| (mixed|shift|masked|extrapolative), (past|frame) ", row)]
+    levels, transfers.LEVELS = transfers.LEVELS, (500,)
+    try:
+        code, printed = run_command(transfers.main, "--clips", 1, "--out", folder())
+    finally:
+        transfers.LEVELS = levels
+    rows = [row.split("|") for row in printed.splitlines()
+            if re.match(r"\| (mixed|shift|masked|extrapolative), (past|frame) ", row)]
     assert code == 0 and len(rows) == 8 and all(0 < float(row[2].strip(" *")) < 10 for row in rows)
     out = folder()
-    words = ["--variants", "as it is", "from scratch", "--seeds", 1, "--steps", 2, "--cooldown", 1, "--batch", 1, "--frames", 4, "--workers", 0,
+    words = ["--variants", "baseline", "from scratch", "--seeds", 1, "--steps", 2, "--cooldown", 1,
+             "--batch", 1, "--frames", 4, "--workers", 0,
              "--val-clips", 1, "--episodes", 1, "--denoising-steps", 1, "--out", out]
     code, printed = run_command(ablations.main, *words)
-    assert code == 0 and "| as it is |" in printed and "| from scratch |" in printed, printed
-    start = time.time()
-    assert run_command(ablations.main, *words)[1] == printed and time.time() - start < 2  # what is done is not done again
+    assert code == 0 and "| baseline |" in printed and "| from scratch |" in printed, printed
+    again = run_command(ablations.main, *words)[1]  # what is done is not done again
+    assert "at step" not in again and again.strip() == printed[
+        printed.index("| variant |") :].strip()
+
+
+def test_commands_refuse_bad_words_in_a_sentence():
+    out = folder()
+    np.savez(out / "archive.npz", a=np.zeros(3))
+    np.save(out / "records.npy", np.zeros(3, [("x", float), ("y", float)]))
+    np.save(out / "complex.npy", np.zeros((3, 13), complex))
+    np.save(out / "huge.npy", np.zeros((3, 13), np.float32))
+    header = (out / "huge.npy").read_bytes()
+    (out / "huge.npy").write_bytes(header.replace(b"(3, 13), }           ",
+                                                  b"(999999999999, 13), }"))
+    for words, saying in (
+            (["--seed", 2**64], "between 0 and 2.63"), (["--out", "a\0b"], "null byte"),
+            (["--frames", 0], "leave a frame to imagine"),
+            (["--context", 0], "context is 0"), (["--episode", -1], "no episode -1"),
+            (["--steps", 0], "steps is 0"),
+            (["--eta", 2], "eta is 2"), (["--guidance-levels", 5, 4], "low <= high"),
+            (["--repeat-action", 1, 2], r"expected .N, 13."),
+            (["--actions", out / "archive.npz"], "is an .npz archive"),
+            (["--actions", out / "records.npy"], "real numbers"),
+            (["--actions", out / "complex.npy"], "complex128"),
+            (["--actions", out / "huge.npy"], "no readable .npy"),
+            (["--actions", out / "none.npy"], "No such file"),
+            (["--actions", out], "Is a directory")):
+        refused(sample.main, *words, saying=saying)
+    for words, saying in ((["--port", 99999], "port is 99999"), (["--host", ""], "host is empty"),
+                          (["--steps", 0], "steps is 0"),
+                          (["--host", "nowhere.invalid"], "play: ")):
+        refused(play.main, *words, saying=saying)
 
 
 def test_measurements_refuse_what_they_cannot_measure():
     refused(evaluate.main, "--episodes", 99, saying="32 of at least 16 frames are held out")
     refused(evaluate.main, "--checkpoint", "none.pt", saying="no checkpoint at")
-    refused(obedience.main, "--data", "bridge", saying="no bridge in datasets")
+    refused(controllability.main, "--data", "bridge", saying="no bridge in datasets")
     refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # play/
-
-
-class Player:
-    """A browser tab, without the browser: a stream of events, and requests beside it."""
-
-    def __init__(self, server: PlayServer):
-        self.address = server.server_address[:2]
-        self.connection = http.client.HTTPConnection(*self.address, timeout=20)
-        self.connection.request("GET", "/api/stream")
-        self.answer = self.connection.getresponse()
-        self.hello = self.next("hello") if self.answer.status == 200 else None
-
-    def event(self) -> tuple[str, dict]:
-        while (line := self.answer.readline().decode().strip()).startswith(":") or not line:
-            pass
-        return line.removeprefix("event: "), json.loads(self.answer.readline().decode().removeprefix("data: "))
-
-    def next(self, kind: str) -> dict:
-        """The next event, which must be of this kind."""
-        found, content = self.event()
-        assert found == kind, (found, content)
-        return content
-
-    def until(self, kind: str) -> list[dict]:
-        """The frames before the next event of this kind."""
-        frames = []
-        while (event := self.event())[0] != kind:
-            frames.append(event[1])
-        return frames
-
-    def ask(self, method: str, path: str, body: bytes | dict | None = None, **headers: str) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection(*self.address, timeout=20)
-        body = json.dumps({"session": self.hello and self.hello["session"]} | body).encode() if isinstance(body, dict) else body
-        connection.request(method, path, body, {"Content-Type": "application/json"} | {n.replace("_", "-"): v for n, v in headers.items()})
-        answer = connection.getresponse()
-        content = answer.status, answer.read()
-        connection.close()
-        return content
-
-    def press(self, *keys: str) -> None:
-        assert self.ask("POST", "/api/keys", {"frame": 1, "keys": keys}) == (200, b"{}")
-
-    def command(self, command: str, value: object = None) -> None:
-        assert self.ask("POST", "/api/command", {"command": command, "value": value}) == (200, b"{}")
-
-    def leave(self) -> None:
-        self.answer.close()
-        self.connection.close()
-
-
-@contextlib.contextmanager
-def play_server(steps: int = 1):
-    world = small_world(steps=steps)
-    server = PlayServer(("127.0.0.1", 0), lambda: WorldModel(world.model, steps=steps, overlap=2), data.DATA_SETS["rt1"],
-                        open_episodes("rt1", SAMPLES, "val"), fastest=1000)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.end()
-        server.server_close()
-        thread.join()
-
-
-def picture_of(event: dict) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(event["png"]))))
 
 
 def test_a_player_drives_a_world_of_their_own():
     with play_server() as server:
         player = Player(server)
-        assert player.hello["keys"]["ArrowRight"] == "+x" and player.hello["actions"] == 13
+        assert player.hello["keys"]["ArrowRight"] == "+x" and player.hello["steps"] == 1
         first = player.next("reset")
         assert picture_of(first).shape == (16, 16, 3) and first["kept"] == [1]
         player.press("ArrowRight", "w")  # both are held: frame follows frame
@@ -1501,7 +1829,9 @@ def test_a_player_drives_a_world_of_their_own():
         player.command("pause", True)
         newest = (events + player.until("setting"))[-1]
         assert newest["kept"] == list(range(newest["frame"] - 15, newest["frame"] + 1))
-        player.press(" ")  # a tap while paused counts once play goes on, and the gripper changes its direction with every press
+        # a tap while paused counts once play goes on, and the gripper changes its direction with
+        # every press
+        player.press(" ")
         player.press()
         player.command("pause", False)
         player.next("setting")
@@ -1549,30 +1879,39 @@ def test_malformed_requests_are_refused_and_harm_nobody():
         player.next("reset")
         keys, command = "/api/keys", "/api/command"
         refusals = [
-            (400, "POST", keys, b"{"), (400, "POST", keys, b"[1]"), (400, "POST", keys, b"\xff\xfe"), (400, "POST", keys, b'{"frame": NaN}'),
-            (400, "POST", keys, b"[" * 4000), (404, "POST", keys, b"{}"), (404, "POST", keys, b'{"session": 7}'),
-            (400, "POST", keys, {"frame": 1, "keys": "w"}), (400, "POST", keys, {"frame": 1, "keys": ["q"]}),
-            (400, "POST", keys, {"frame": 1, "keys": [["w"]]}), (400, "POST", keys, {"frame": 1, "keys": ["w"] * 99}),
-            (400, "POST", keys, {"frame": "1", "keys": []}), (400, "POST", keys, {"frame": -1, "keys": []}),
-            (400, "POST", keys, {"frame": 1e300, "keys": []}), (400, "POST", keys, {"keys": []}), (400, "POST", keys, {"frame": True, "keys": []}),
-            (400, "POST", command, {"command": "format"}), (400, "POST", command, {"command": ["reset"]}),
-            (400, "POST", command, {"command": "pause", "value": 1}), (400, "POST", command, {"command": "guidance", "value": "2"}),
-            (400, "POST", command, {"command": "guidance", "value": 10**400}), (400, "POST", command, {"command": "guidance", "value": -1}),
-            (400, "POST", command, {"command": "guidance", "value": True}), (400, "POST", command, {"command": "branch", "value": 1.0}),
-            (404, "POST", command, {"command": "branch", "value": 10**30}), (413, "POST", keys, b" " * 5000),
-            (404, "GET", "/../data.py", None), (404, "GET", "/api/keys", None), (404, "POST", "/", {}), (404, "GET", "/api/gif?session=x", None),
+            (400, "POST", keys, b"{"), (400, "POST", keys, b"[1]"),
+            (400, "POST", keys, b"\xff\xfe"), (400, "POST", keys, b'{"frame": NaN}'),
+            (400, "POST", keys, b"[" * 4000), (404, "POST", keys, b"{}"),
+            (404, "POST", keys, b'{"session": 7}'),
+            (400, "POST", keys, {"keys": "w"}), (400, "POST", keys, {"keys": ["q"]}),
+            (400, "POST", keys, {"keys": [["w"]]}), (400, "POST", keys, {"keys": ["w"] * 99}),
+            (400, "POST", keys, {"keys": None}), (400, "POST", keys, {}),
+            (400, "POST", command, {"command": "format"}),
+            (400, "POST", command, {"command": ["reset"]}),
+            (400, "POST", command, {"command": "pause", "value": 1}),
+            (400, "POST", command, {"command": "guidance", "value": "2"}),
+            (400, "POST", command, {"command": "guidance", "value": 10**400}),
+            (400, "POST", command, {"command": "guidance", "value": -1}),
+            (400, "POST", command, {"command": "guidance", "value": True}),
+            (400, "POST", command, {"command": "branch", "value": 1.0}),
+            (404, "POST", command, {"command": "branch", "value": 10**30}),
+            (413, "POST", keys, b" " * 5000),
+            (404, "GET", "/../data.py", None), (404, "GET", "/api/keys", None),
+            (404, "POST", "/", {}), (404, "GET", "/api/gif?session=x", None),
             (404, "GET", "/api/gif", None), (501, "PUT", keys, {})]
         for code, method, path, body in refusals:
             answer = player.ask(method, path, body)
-            assert answer[0] == code and b"Traceback" not in answer[1], (code, method, path, body, answer)
-        assert player.ask("POST", keys, {"frame": 1, "keys": []}, Content_Type="text/plain")[0] == 415
-        assert player.ask("POST", keys, {"frame": 1, "keys": []}, Origin="http://evil.example")[0] == 403
+            assert answer[0] == code and b"Traceback" not in answer[1], (code, method, path, body,
+                                                                         answer)
+        assert player.ask("POST", keys, {"keys": []}, Content_Type="text/plain")[0] == 415
+        assert player.ask("POST", keys, {"keys": []}, Origin="http://evil.example")[0] == 403
         assert player.ask("GET", "/", None, Host="evil.example")[0] == 403
         host = "{}:{}".format(*player.address)
-        assert player.ask("POST", keys, {"frame": 1, "keys": []}, Origin=f"http://{host}")[0] == 200
+        assert player.ask("POST", keys, {"keys": []}, Origin=f"http://{host}")[0] == 200
         code, page = player.ask("GET", "/")
         assert code == 200 and b"<canvas" in page and not re.search(rb"(src|href)=.https?:", page)
-        for garbage in (b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"POST /api/keys HTTP/1.1\r\nHost: " + host.encode() +
+        for garbage in (b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+                        b"POST /api/keys HTTP/1.1\r\nHost: " + host.encode() +
                         b"\r\nContent-Type: application/json\r\nContent-Length: -5\r\n\r\n"):
             with socket.create_connection(player.address, timeout=20) as raw:
                 raw.sendall(garbage)
@@ -1581,6 +1920,62 @@ def test_malformed_requests_are_refused_and_harm_nobody():
         assert player.next("frame")["action"][12] == 1  # and the world goes on
         player.press()
         player.leave()
+
+
+def test_other_sites_can_neither_embed_nor_frame_the_page():
+    with play_server() as server:
+        player = Player(server)
+        player.next("reset")
+        # as <img src=".../api/stream"> on another site would send it
+        for site in ("cross-site", "same-site"):
+            assert player.ask("GET", "/api/stream", None, Sec_Fetch_Site=site)[0] == 403
+        assert player.ask("POST", "/api/keys", {"keys": []}, Sec_Fetch_Site="same-origin")[0] == 200
+        assert len(server.sessions) == 1
+        # a link to the page is no harm
+        headers = player.headers_of("/", Sec_Fetch_Site="cross-site")
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"] and headers[
+            "X-Frame-Options"] == "DENY"
+        player.leave()
+
+
+def test_a_server_answers_to_the_name_that_it_was_given():
+    world, episodes = small_world(), open_episodes("rt1", SAMPLES, "val")
+    for host, names in (("localhost", {"localhost", "127.0.0.1"}),
+                        ("127.0.0.1", {"localhost", "127.0.0.1"}), ("0.0.0.0", set())):
+        server = PlayServer((host, 0), lambda: world, data.DATA_SETS["rt1"], episodes, fastest=1)
+        port = server.server_address[1]
+        server.server_close()
+        assert server.hosts == {f"{name}:{port}" for name in names}
+        assert server.url == f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/"
+
+
+def test_a_server_that_ends_waits_for_every_thread():
+    with play_server() as server:  # which asserts it
+        players = [Player(server) for _ in range(3)]
+        for player in players:
+            player.next("reset")
+        players[0].press("w")  # frames are being made when the server ends
+        # a connection without a request
+        idle = socket.create_connection(server.server_address[:2], timeout=20)
+        players[0].next("frame")
+    idle.close()
+
+
+def test_ctrl_c_with_a_key_held_ends_play_cleanly():
+    command = [sys.executable, "-m", "play", "--port", "0", "--steps", "1"]
+    server = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True)
+    try:
+        address = next(line for line in server.stdout if line.startswith("play at"))
+        player = Player(address=("127.0.0.1", int(re.search(r":(\d+)/", address)[1])))
+        player.next("reset")
+        player.press("w")
+        player.next("frame")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0, server.stderr.read()
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_four_may_play_at_once_and_a_closed_tab_makes_room():
@@ -1602,12 +1997,13 @@ def test_four_may_play_at_once_and_a_closed_tab_makes_room():
             player.leave()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def run_all() -> int:
     torch.manual_seed(0)
-    tests = [(name, test) for name, test in globals().items() if name.startswith("test_") and callable(test)]
+    tests = [(name, test) for name, test in globals().items() if name.startswith("test_")
+             and callable(test)]
     failed = 0
     for name, test in tests:
         start = time.time()
@@ -1617,7 +2013,8 @@ def run_all() -> int:
         except Exception:
             failed += 1
             outcome = "FAILED\n" + traceback.format_exc()
-        print(f"{name[5:].replace('_', ' ')} ... {outcome} ({time.time() - start:.1f} s)", flush=True)
+        print(f"{name[5:].replace('_', ' ')} ... {outcome} ({time.time() - start:.1f} s)",
+              flush=True)
     print(f"{len(tests) - failed} passed, {failed} failed")
     return int(failed > 0)
 

@@ -1,25 +1,21 @@
 """Stable Diffusion's autoencoder: 8×8 pixels become one latent of 4 numbers, frame by frame.
 
-Diffusion happens in its latents, where a frame is 64 times smaller. It is inherited and stays frozen.
-Parameter names are those of the checkpoint, below `first_stage_model.`.
+Diffusion happens in its latents, where a frame is 64 times smaller. It is inherited and stays
+frozen. Parameter names are those of the checkpoint, below `first_stage_model.`.
 """
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from unet import load_weights, read_lightning, select
+from dynamicrafter.layers import Upsample
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
     channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # halves the resolution at every entry but the last
+    # halves the resolution at every entry but the last
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     latent_channels: int = 4
     latent_scale: float = 0.18215  # brings the latents to unit standard deviation
@@ -58,7 +54,8 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
         h = self.norm(x)
-        q, k, v = (to(h).flatten(2).transpose(1, 2) for to in (self.q, self.k, self.v))  # [N, HW, C]
+        # [N, HW, C]
+        q, k, v = (to(h).flatten(2).transpose(1, 2) for to in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(h.transpose(1, 2).view_as(x))
 
@@ -83,19 +80,11 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
 def level(channels_in: int, channels: int, blocks: int) -> nn.Module:
     """A resolution level; `downsample` or `upsample` is added where there is a next one."""
     module = nn.Module()
-    module.block = nn.ModuleList(ResnetBlock(channels_in if i == 0 else channels, channels) for i in range(blocks))
+    module.block = nn.ModuleList(ResnetBlock(channels_in if i == 0 else channels, channels)
+                                 for i in range(blocks))
     return module
 
 
@@ -136,7 +125,8 @@ class Decoder(nn.Module):
             channels = multiplier * config.channels
             if i > 0:
                 stages[-1].upsample = Upsample(channels)
-        self.up = nn.ModuleList(reversed(stages))  # the checkpoint counts levels from the highest resolution
+        # the checkpoint counts levels from the highest resolution
+        self.up = nn.ModuleList(reversed(stages))
         self.norm_out = norm(channels)
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
 
@@ -160,15 +150,19 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def moments(self, pixels: Tensor) -> Tensor:
-        """[N, 3, H, W] in [-1, 1] -> [N, 2·C, H/f, W/f]: mean and log-variance of the posterior, unscaled."""
+        """[N, 3, H, W] in [-1, 1] -> [N, 2·C, H/f, W/f]: mean and log-variance of the posterior,
+        unscaled."""
         return self.quant_conv(self.encoder(pixels))
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, T, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w] of about unit standard deviation.
 
-        noise  standard Gaussian, shaped like the latents, to sample the posterior (training); None takes its mean
+        noise  standard Gaussian, shaped like the latents, to sample the posterior (training); None
+               takes its mean
         """
-        mean, log_variance = self.moments(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).chunk(2, dim=2)
+        mean, log_variance = self.moments(pixels.flatten(0, 1)).unflatten(0,
+                                                                          pixels.shape[:2]).chunk(2,
+                                                                                                  dim=2)
         if noise is not None:
             mean = mean + noise * (0.5 * log_variance.clamp(-30, 20)).exp()
         return mean * self.config.latent_scale
@@ -178,51 +172,3 @@ class Autoencoder(nn.Module):
         z = latents.flatten(0, 1) / self.config.latent_scale
         return self.decoder(self.post_quant_conv(z)).unflatten(0, latents.shape[:2])
 
-
-def fit_autoencoder(autoencoder: Autoencoder, batches: Iterable[Tensor], steps: int, bf16: bool = False,
-                    decoder_only: bool = False) -> Autoencoder:
-    """Train an autoencoder to repeat frames, for worlds too small for Stable Diffusion's.
-
-    batches       of pixels [N, 3, H, W] in [-1, 1]; `steps` of them
-    bf16          compute in bfloat16
-    decoder_only  leave the latents as they are: for frames of another kind than it has learned from
-
-    Returns it with latents of unit standard deviation.
-    """
-    channels = autoencoder.config.latent_channels
-    if not decoder_only:
-        nn.init.constant_(autoencoder.quant_conv.bias.data[channels:], -6)  # little noise at first, or the decoder learns to ignore the latents
-    learn = [*autoencoder.decoder.parameters(), *autoencoder.post_quant_conv.parameters()] if decoder_only else \
-        list(autoencoder.parameters())
-    optimizer = torch.optim.AdamW(learn, lr=2e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 50) * (1 + math.cos(math.pi * i / steps)) / 2)
-    bar = tqdm(batches, desc="decoder" if decoder_only else "autoencoder", unit="step", total=steps)
-    for pixels in bar:
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-            with torch.set_grad_enabled(not decoder_only):
-                mean, log_variance = autoencoder.moments(pixels).float().chunk(2, dim=1)
-            z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
-            error = F.mse_loss(autoencoder.decoder(autoencoder.post_quant_conv(z)), pixels)
-        divergence = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()  # from a standard Gaussian
-        optimizer.zero_grad()
-        (error + 1e-5 * divergence).backward()
-        nn.utils.clip_grad_norm_(learn, 1.0)
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix_str(f"{10 * math.log10(4 / error.item()):.1f} dB")
-    if decoder_only:
-        return autoencoder
-    with torch.no_grad():  # bring the latents to unit standard deviation, in the two layers around them
-        scale = 1 / mean.std()
-        autoencoder.quant_conv.weight[:channels] *= scale
-        autoencoder.quant_conv.bias[:channels] *= scale
-        autoencoder.quant_conv.bias[channels:] += 2 * scale.log()
-        autoencoder.post_quant_conv.weight /= scale
-    return autoencoder
-
-
-def load_autoencoder(path: str | Path, config: AutoencoderConfig = AutoencoderConfig()) -> Autoencoder:
-    """The autoencoder of a DynamiCrafter or Vid2World checkpoint. Raises CheckpointError."""
-    with torch.device("meta"):
-        autoencoder = Autoencoder(config)
-    return load_weights(autoencoder, select(read_lightning(path), "first_stage_model."), source=str(path))

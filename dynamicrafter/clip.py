@@ -1,18 +1,17 @@
-"""OpenCLIP's image and text towers (ViT-H/14), as far as DynamiCrafter uses them. Inherited and frozen.
+"""OpenCLIP's image and text towers (ViT-H/14), as far as DynamiCrafter uses them. Inherited and
+frozen.
 
-The image tower turns the anchor frame into 257 tokens, which the resampler condenses. The text tower is asked one
-question only, the empty caption, so its answer is a constant and no tokenizer is needed.
-Parameters carry the checkpoint's names, below `embedder.model.visual.` and `cond_stage_model.model.`;
-those of the final projections (`ln_post`, `proj`, `text_projection`) are loaded but never used.
+The image tower turns the anchor frame into 257 tokens, which the resampler condenses. The text
+tower is asked one question only, the empty caption, so its answer is a constant and no tokenizer is
+needed. Parameters carry the checkpoint's names, below `embedder.model.visual.` and
+`cond_stage_model.model.`; those of the final projections (`ln_post`, `proj`, `text_projection`) are
+loaded but never used.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from unet import load_weights, read_lightning, select
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,8 @@ class ImageTower(nn.Module):
         self.transformer = Transformer(width, config.heads, config.layers)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [N, 3, S, S] (`preprocess`) -> all tokens of the last block, [N, 1 + patches, width]."""
+        """Normalised image [N, 3, S, S] (`preprocess`) -> all tokens of the last block, [N, 1 +
+        patches, width]."""
         x = self.conv1(image).flatten(2).transpose(1, 2)  # [N, patches, width]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding)
@@ -91,13 +91,16 @@ class TextTower(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.context_length, config.width) * 0.01)
-        self.text_projection = nn.Parameter(torch.randn(config.width, config.output_dim) * config.width**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(config.context_length,
+                                                             config.width) * 0.01)
+        self.text_projection = nn.Parameter(torch.randn(config.width,
+                                                        config.output_dim) * config.width**-0.5)
         self.transformer = Transformer(config.width, config.heads, config.layers)
         self.ln_final = nn.LayerNorm(config.width)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """Token ids [N, 77] -> the penultimate layer's tokens behind the final norm, [N, 77, width]."""
+        """Token ids [N, 77] -> the penultimate layer's tokens behind the final norm, [N, 77,
+        width]."""
         x = self.token_embedding(token_ids) + self.positional_embedding
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         for block in self.transformer.resblocks[:-1]:
@@ -106,7 +109,8 @@ class TextTower(nn.Module):
 
     def empty_caption(self) -> Tensor:
         """The tokens of the empty caption, [77, width]: start, end, padding."""
-        ids = torch.zeros(1, self.config.context_length, dtype=torch.long, device=self.positional_embedding.device)
+        ids = torch.zeros(1, self.config.context_length, dtype=torch.long,
+                          device=self.positional_embedding.device)
         ids[0, :2] = torch.tensor([49406, 49407])
         return self(ids)[0]
 
@@ -114,7 +118,8 @@ class TextTower(nn.Module):
 def preprocess(image: Tensor, size: int = 224) -> Tensor:
     """Images [N, 3, H, W] in [-1, 1] to what the image tower reads, [N, 3, size, size].
 
-    A blur where an axis shrinks (against aliasing), bicubic resizing, CLIP's mean and standard deviation.
+    A blur where an axis shrinks (against aliasing), bicubic resizing, CLIP's mean and standard
+    deviation.
     """
     H, W = image.shape[-2:]
     if H > size or W > size:
@@ -126,28 +131,15 @@ def preprocess(image: Tensor, size: int = 224) -> Tensor:
 
 
 def blur(image: Tensor, axis: int, factor: float) -> Tensor:
-    """Gaussian blur of [N, C, H, W] along one axis, as wide as shrinking by `factor` asks; borders reflect."""
+    """Gaussian blur of [N, C, H, W] along one axis, as wide as shrinking by `factor` asks; borders
+    reflect."""
     sigma = max((factor - 1) / 2, 0.001)
     taps = int(max(4 * sigma, 3)) // 2 * 2 + 1
     offsets = torch.arange(taps, device=image.device) - taps // 2
     kernel = (-(offsets**2) / (2 * sigma**2)).exp()
     kernel = kernel / kernel.sum()
-    pad, shape = ((0, 0, taps // 2, taps // 2), (taps, 1)) if axis == 2 else ((taps // 2, taps // 2, 0, 0), (1, taps))
+    pad, shape = ((0, 0, taps // 2, taps // 2), (taps, 1)) if axis == 2 else ((taps // 2, taps // 2,
+                                                                               0, 0), (1, taps))
     weight = kernel.view(1, 1, *shape).expand(image.shape[1], 1, *shape)
     return F.conv2d(F.pad(image, pad, mode="reflect"), weight, groups=image.shape[1])
 
-
-def load_image_tower(path: str | Path, config: ImageTowerConfig = ImageTowerConfig()) -> ImageTower:
-    """The image tower of a DynamiCrafter or Vid2World checkpoint. Raises CheckpointError."""
-    with torch.device("meta"):
-        tower = ImageTower(config)
-    return load_weights(tower, select(read_lightning(path), "embedder.model.visual."), source=str(path))
-
-
-def load_text_tower(path: str | Path, config: TextTowerConfig = TextTowerConfig()) -> TextTower:
-    """The text tower of a DynamiCrafter or Vid2World checkpoint. Raises CheckpointError."""
-    weights = select(read_lightning(path), "cond_stage_model.model.")
-    weights.pop("logit_scale", None)  # the temperature of CLIP's training loss
-    with torch.device("meta"):
-        tower = TextTower(config)
-    return load_weights(tower, weights, source=str(path))

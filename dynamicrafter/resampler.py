@@ -1,18 +1,16 @@
 """The resampler: 257 tokens of the anchor image in, 16 tokens for each of 16 frames out.
 
-Learned queries ask the image tower's tokens (a perceiver). The first 16 answers belong to time slot 0, the next
-to slot 1, and so on. Inherited, and trained along with the U-Net. Parameter names are those
-of the checkpoint, below `image_proj_model.`.
+Learned queries ask the image tower's tokens (a perceiver). The first 16 answers belong to time slot
+0, the next to slot 1, and so on. Inherited, and trained along with the U-Net. Parameter names are
+those of the checkpoint, below `image_proj_model.`.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causal_attention import merge_heads, split_heads
-from unet import load_weights, read_lightning, select
+from dynamicrafter.layers import merge_heads, split_heads
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,14 @@ class Resampler(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.latents = nn.Parameter(torch.randn(1, config.num_queries * config.num_frames, dim) * dim**-0.5)
+        self.latents = nn.Parameter(torch.randn(1, config.num_queries * config.num_frames,
+                                                dim) * dim**-0.5)
         self.proj_in = nn.Linear(config.embedding_dim, dim)
         self.proj_out = nn.Linear(dim, config.output_dim)
         self.norm_out = nn.LayerNorm(config.output_dim)
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, config.heads, config.head_channels), feed_forward(dim)])
+            nn.ModuleList([PerceiverAttention(dim, config.heads, config.head_channels),
+                           feed_forward(dim)])
             for _ in range(config.depth))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -73,9 +73,3 @@ class Resampler(nn.Module):
             queries = queries + feed(queries)
         return self.norm_out(self.proj_out(queries))
 
-
-def load_resampler(path: str | Path, config: ResamplerConfig = ResamplerConfig()) -> Resampler:
-    """The resampler of a DynamiCrafter or Vid2World checkpoint. Raises CheckpointError."""
-    with torch.device("meta"):
-        resampler = Resampler(config)
-    return load_weights(resampler, select(read_lightning(path), "image_proj_model."), source=str(path))

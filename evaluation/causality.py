@@ -1,7 +1,7 @@
 """How much of the future reaches the past, by norm scope: python -m evaluation.causality
 
-A causal U-Net with random weights sees 8 frames, and then the same with another last frame. Printed is
-how far the outputs of the earlier frames moved, relative to their norm. It should be nothing.
+A causal U-Net with random weights sees 8 frames, and then the same with another last frame. Printed
+is how far the outputs of the earlier frames moved, relative to their norm. It should be nothing.
 """
 import torch
 from torch import nn
@@ -13,9 +13,11 @@ from unet import UNet, UNetConfig
 def leak(scope: str) -> float:
     """Largest relative move of an earlier frame's output."""
     torch.manual_seed(0)
-    network = UNet(UNetConfig(model_channels=64, channel_mult=(1, 2, 4), head_channels=32, context_dim=64, causal=True,
+    network = UNet(UNetConfig(model_channels=64, channel_mult=(1, 2, 4), head_channels=32,
+                              context_dim=64, causal=True,
                               norm_scope=scope)).eval()
-    for name, w in network.named_parameters():  # random everywhere: a new network's zeros would hide a leak
+    # random everywhere: a new network's zeros would hide a leak
+    for name, w in network.named_parameters():
         if w.ndim > 1:
             nn.init.normal_(w, std=w[0].numel() ** -0.5)
     x, other = torch.randn(2, 1, 8, 8, 16, 16)
@@ -27,4 +29,5 @@ def leak(scope: str) -> float:
 
 if __name__ == "__main__":
     for scope in ("clip", "past", "frame"):
-        print(f"norms over {scope:5s}  the last frame moves earlier outputs by up to {100 * leak(scope):.2f} %")
+        print(f"norms over {scope:5s}  the last frame moves earlier outputs by up to "
+              f"{100 * leak(scope):.2f} %")

@@ -2,16 +2,20 @@
 
     PSNR, SSIM    pixel by pixel, against the frame that really came: arithmetic, no network
     LPIPS         the same through the eyes of VGG: distance of features, frame by frame
-    FID           do imagined frames, as a crowd, look like real ones? Inception's features, each crowd a Gaussian
-    FVD           do imagined videos move like real ones? The same with the features of I3D, a network for videos
+    FID           do imagined frames, as a crowd, look like real ones? Inception's features, each
+                  crowd a Gaussian
+    FVD           do imagined videos move like real ones? The same with the features of I3D, a
+                  network for videos
 
-The last three need a network that others trained, as TorchScript, in the form that the community measures with:
+The last three need a network that others trained, as TorchScript, in the form that the community
+measures with:
 
     --inception  inception-2015-12-05.pt   nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/
     --lpips      vgg16.pt                  the same place
     --i3d        i3d_torchscript.pt        www.dropbox.com/s/ge9e5ujwgetktms (StyleGAN-V's)
 
-They run in evaluation mode, always: a batch norm that still learns makes a sample's features depend on its neighbours.
+They run in evaluation mode, always: a batch norm that still learns makes a sample's features depend
+on its neighbours.
 """
 from pathlib import Path
 
@@ -20,49 +24,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import UserError
+from viewing.psnr import psnr  # noqa: F401, the fourth of this file's metrics
 
-class MetricError(ValueError):
+
+class MetricError(UserError):
     """A network that a metric needs is missing or is not what it should be."""
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Frame against frame. Frames are uint8 [..., H, W, 3]; the result has one number per frame, [...].
 
 
-def psnr(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB: 10 log10(255² / mean squared error); equal frames count as 1e-10 apart."""
-    error = ((frames.astype(np.float64) - truth) ** 2).mean(axis=(-3, -2, -1))
-    return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
-
-
 def ssim(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Structural similarity, at most 1 (Wang et al. 2004): Gaussian windows of 11×11, σ = 1.5, mean over windows and colours.
+    """Structural similarity, at most 1 (Wang et al. 2004): Gaussian windows of 11×11, σ = 1.5, mean
+    over windows and colours.
 
     Raises ValueError for frames smaller than a window.
     """
     if min(frames.shape[-3:-1]) < 11:
-        raise ValueError(f"frames are {frames.shape[-3]}×{frames.shape[-2]}; SSIM needs at least 11×11")
+        raise ValueError(f"frames are {frames.shape[-3]}×{frames.shape[-2]}; SSIM needs at least "
+                         "11×11")
     offsets = torch.arange(-5, 6, dtype=torch.float64)
     window = torch.softmax(-(offsets**2) / (2 * 1.5**2), dim=0)
 
     def local_mean(x: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
 
-    x, y = (torch.from_numpy(pictures).double().movedim(-1, -3).reshape(-1, 1, *pictures.shape[-3:-1]) for pictures in (frames, truth))
+    x, y = (torch.from_numpy(pictures).double().movedim(-1, -3).reshape(-1, 1,
+                                                                        *pictures.shape[-3:-1])
+            for pictures in (frames, truth))
     mean_x, mean_y = local_mean(x), local_mean(y)
     var_x, var_y = local_mean(x**2) - mean_x**2, local_mean(y**2) - mean_y**2
     covariance = local_mean(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / (
+        (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
     return similarity.mean(dim=(1, 2, 3)).view(-1, 3).mean(dim=1).numpy().reshape(frames.shape[:-3])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Crowd against crowd
 
 
 class Statistics:
-    """Mean and covariance of feature vectors that come in batches; what it holds does not grow with their number."""
+    """Mean and covariance of feature vectors that come in batches; what it holds does not grow with
+    their number."""
 
     def __init__(self, size: int):
         self.count = 0
@@ -75,9 +82,11 @@ class Statistics:
         self.merge(len(features), mean, (features - mean).T @ (features - mean))
 
     def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Take in what another crowd amounts to (Chan et al. 1979): its scatter, and the scatter between the two means."""
+        """Take in what another crowd amounts to (Chan et al. 1979): its scatter, and the scatter
+        between the two means."""
         apart, total = mean - self.mean, self.count + count
-        self.scatter = self.scatter + scatter + torch.outer(apart, apart) * (self.count * count / total)
+        self.scatter = self.scatter + scatter + torch.outer(apart,
+                                                            apart) * (self.count * count / total)
         self.mean = self.mean + apart * (count / total)
         self.count = total
 
@@ -87,10 +96,11 @@ class Statistics:
 
 
 def frechet_distance(ours: Statistics, theirs: Statistics) -> float:
-    """|μ₁ - μ₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½), squared distance of two Gaussians (Dowson and Landau 1982).
+    """|μ₁ - μ₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½), squared distance of two Gaussians (Dowson and Landau
+    1982).
 
-    C₁ C₂ has the eigenvalues of the symmetric C₁^½ C₂ C₁^½, whose root is safe to take even where covariances are singular.
-    Raises ValueError for fewer than two vectors on either side.
+    C₁ C₂ has the eigenvalues of the symmetric C₁^½ C₂ C₁^½, whose root is safe to take even where
+    covariances are singular. Raises ValueError for fewer than two vectors on either side.
     """
     if min(ours.count, theirs.count) < 2:
         raise ValueError("a covariance needs at least two feature vectors on each side")
@@ -101,7 +111,7 @@ def frechet_distance(ours: Statistics, theirs: Statistics) -> float:
     return float(apart + ours.covariance.trace() + theirs.covariance.trace() - 2 * cross)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks of others
 
 
@@ -119,15 +129,20 @@ class FeatureNetwork:
 
     @torch.inference_mode()
     def __call__(self, pictures: np.ndarray) -> Tensor:
-        """Frames uint8 [N, H, W, 3], or videos [N, T, H, W, 3], to features [N, size]. Raises MetricError for any other output."""
-        x = torch.from_numpy(pictures).movedim(-1, 1).to(self.device)  # colours first: [N, 3, ...], 0..255
+        """Frames uint8 [N, H, W, 3], or videos [N, T, H, W, 3], to features [N, size]. Raises
+        MetricError for any other output."""
+        # colours first: [N, 3, ...], 0..255
+        x = torch.from_numpy(pictures).movedim(-1, 1).to(self.device)
         try:
             features = self.network(x if self.name == "Inception" else x.float(), **self.options)
         except RuntimeError as error:
-            raise MetricError(f"{self.path} cannot be asked as {self.name}: {str(error).strip().splitlines()[-1]}") from None
+            raise MetricError(f"{self.path} cannot be asked as {self.name}: "
+                              f"{str(error).strip().splitlines()[-1]}") from None
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(pictures):
-            shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise MetricError(f"{self.path} gives {shape} for {len(pictures)} inputs; expected [{len(pictures)}, features] of {self.name}")
+            shape = list(features.shape) if isinstance(features,
+                                                       Tensor) else type(features).__name__
+            raise MetricError(f"{self.path} gives {shape} for {len(pictures)} inputs; expected "
+                              f"[{len(pictures)}, features] of {self.name}")
         return features.float()
 
 

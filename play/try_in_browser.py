@@ -1,7 +1,9 @@
-"""The page in a real browser, from the first key to the saved animation: python -m tools.play_in_browser --screenshot play.png
+"""The page in a real browser, from the first key to the saved animation: python -m
+play.try_in_browser --screenshot play.png
 
-Needs `pip install selenium`, a Chromium and its chromedriver (Debian: chromium chromium-driver). Starts `sample.py --play`, presses keys,
-reads the gripper's place off the page's picture before and after (evaluation/obedience.py), branches from the film strip, saves the GIF.
+Needs `pip install selenium`, a Chromium and its chromedriver (Debian: chromium chromium-driver).
+Starts `python -m play`, presses keys, reads the gripper's place off the page's picture before and
+after (evaluation/controllability.py), branches from the film strip, saves the GIF.
 """
 import argparse
 import base64
@@ -16,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from data import SAMPLES, open_episodes
-from evaluation.obedience import GripperReader, train_reader
+from evaluation.controllability import GripperReader, train_reader
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -26,7 +28,8 @@ def open_browser(downloads: str):
         from selenium import webdriver
         from selenium.common.exceptions import WebDriverException
     except ImportError:
-        raise SystemExit("skipped: pip install selenium, and have chromium and chromedriver") from None
+        raise SystemExit(
+            "skipped: pip install selenium, and have chromium and chromedriver") from None
     options = webdriver.ChromeOptions()
     for option in ("--headless=new", "--no-sandbox", "--window-size=1100,900", "--disable-gpu"):
         options.add_argument(option)
@@ -42,7 +45,8 @@ class Page:
         self.browser, self.reader = browser, reader
 
     def frame(self) -> int:
-        return int(self.browser.execute_script("return document.getElementById('screen').dataset.frame || 0"))
+        return int(self.browser.execute_script(
+            "return document.getElementById('screen').dataset.frame || 0"))
 
     def until(self, true, what: str, seconds: float = 20) -> float:
         start = time.time()
@@ -53,7 +57,8 @@ class Page:
         return time.time() - start
 
     def picture(self) -> np.ndarray:
-        url = self.browser.execute_script("return document.getElementById('screen').toDataURL('image/png')")
+        url = self.browser.execute_script(
+            "return document.getElementById('screen').toDataURL('image/png')")
         return np.asarray(Image.open(BytesIO(base64.b64decode(url.split(",")[1]))).convert("RGB"))
 
     def gripper(self) -> np.ndarray:
@@ -61,7 +66,9 @@ class Page:
 
     def key(self, kind: str, key: str) -> None:
         """Through the browser's own input pipeline, as from a keyboard."""
-        self.browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": kind, "key": key, "text": key if len(key) == 1 and kind == "keyDown" else ""})
+        self.browser.execute_cdp_cmd("Input.dispatchKeyEvent",
+                                     {"type": kind, "key": key, "text": key if len(key) == 1
+                                      and kind == "keyDown" else ""})
 
     def hold(self, key: str, frames: int) -> None:
         until = self.frame() + frames
@@ -83,7 +90,8 @@ def play(page: Page, downloads: Path, screenshot: str | None) -> None:
     page.until(lambda: page.frame() == 1, "the first frame is shown")
     latencies = []
     # Up first: above the drawer there is room on all sides.
-    for key, axis, sign, where in (("w", 1, -1, "up"), ("ArrowRight", 0, 1, "right"), ("ArrowLeft", 0, -1, "left"), ("s", 1, 1, "down")):
+    for key, axis, sign, where in (("w", 1, -1, "up"), ("ArrowRight", 0, 1, "right"),
+                                   ("ArrowLeft", 0, -1, "left"), ("s", 1, 1, "down")):
         before, start = page.gripper(), page.frame()
         page.key("keyDown", key)
         latencies.append(page.until(lambda: page.frame() > start, "a key changes the picture"))
@@ -101,7 +109,8 @@ def play(page: Page, downloads: Path, screenshot: str | None) -> None:
     page.until(lambda: page.frame() == number, "a click on the strip goes back")
     left = len(browser.find_elements("css selector", "#strip button"))
     if left != len(strip) - 3:
-        raise SystemExit(f"FAILED: {left} frames on the strip after going back by 3 from {len(strip)}")
+        raise SystemExit(f"FAILED: {left} frames on the strip after going back by 3 from "
+                         f"{len(strip)}")
     page.hold("w", 3)
     pad = browser.find_element("css selector", '#pad [data-key="ArrowUp"]')
     start = page.frame()
@@ -128,8 +137,9 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as downloads:
         browser = open_browser(downloads)
         reader = train_reader(open_episodes("rt1", SAMPLES, "train"))
-        server = subprocess.Popen([sys.executable, REPOSITORY / "sample.py", "--play", "--port", str(args.port)], stdout=subprocess.PIPE,
-                                  text=True)
+        server = subprocess.Popen([sys.executable, "-m", "play", "--port", str(args.port)],
+                                  stdout=subprocess.PIPE,
+                                  text=True, cwd=REPOSITORY)
         try:
             for line in server.stdout:
                 if "play at" in line:

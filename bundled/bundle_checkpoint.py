@@ -1,20 +1,23 @@
 """From a run of train.py to a bundled checkpoint, in half precision.
 
-    python -m tools.bundle_checkpoint base runs/base checkpoints/tiny_base.pt
-    python -m tools.bundle_checkpoint world runs/world checkpoints/tiny_world.pt
+    python -m bundled.bundle_checkpoint base runs/base checkpoints/tiny_base.pt
+    python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt
 
-A base is laid out as DynamiCrafter's own checkpoint, so that `train.py --base` reads both alike. A world lies beside the
-base that it was trained from, `tiny_base.pt`, which holds the parts that stayed as they were.
+A base is laid out as DynamiCrafter's own checkpoint, so that `train.py --base` reads both alike. A
+world lies beside the base that it was trained from, `tiny_base.pt`, which holds the parts that
+stayed as they were.
 """
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dynamicrafter.model import PREFIXES, by_our_names, load_model, save
-from unet import CheckpointError, read_checkpoint
+from dynamicrafter.checkpoint import read_checkpoint
+from errors import CheckpointError
+from model.saving import PREFIXES, TINY_SAMPLING, by_our_names, load_model, save
 
 
 def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -23,16 +26,20 @@ def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def bundle_base(run: Path, out: Path) -> None:
     weights = half(load_model(run).state_dict())
-    save(out, {"preset": "tiny", "state_dict": {theirs + name.removeprefix(ours): tensor for name, tensor in weights.items()
-                                                for ours, theirs in PREFIXES.items() if name.startswith(ours)}})
+    save(out, {"preset": "tiny", "state_dict": {
+        theirs + name.removeprefix(ours): tensor for name, tensor in weights.items()
+        for ours, theirs in PREFIXES.items() if name.startswith(ours)}})
 
 
 def bundle_world(run: Path, out: Path) -> None:
     content, world = read_checkpoint(run / "checkpoint.pt"), load_model(run).state_dict()
     base = by_our_names(read_checkpoint(out.with_name("tiny_base.pt"))["state_dict"])
-    changed = {name: tensor for name, tensor in world.items() if name not in base or not torch.equal(tensor, base[name].float())}
-    save(out, {"config": content["config"], "weights": half(changed), "frozen": "tiny_base.pt",
-               "data": content["data"] | {"root": None}, "step": content["step"]})
+    changed = {name: tensor for name, tensor in world.items()
+               if name not in base or not torch.equal(tensor, base[name].float())}
+    save(out, {"config": asdict(load_model(run).config), "sampling": TINY_SAMPLING,
+               "weights": half(changed),
+               "frozen": "tiny_base.pt", "data": content["data"] | {"root": None},
+               "step": content["step"]})
 
 
 if __name__ == "__main__":

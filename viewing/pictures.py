@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 INK, FAINT = (40, 40, 40), (220, 220, 220)
-COLOURS = [(31, 90, 180), (214, 90, 20), (40, 140, 60), (150, 60, 150), (120, 180, 240), (240, 180, 90), (140, 210, 140), (220, 150, 220),
+COLOURS = [(31, 90, 180), (214, 90, 20), (40, 140, 60), (150, 60, 150), (120, 180, 240),
+           (240, 180, 90), (140, 210, 140), (220, 150, 220),
            (120, 120, 120), (150, 90, 50)]
 
 
@@ -30,23 +31,32 @@ def save_strip(path: str | Path, rows: dict[str, np.ndarray]) -> None:
     sheet.save(path)
 
 
-def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float) -> None:
-    """An animation of videos side by side, uint8 [T, H, W, 3] each, labelled; it stops for a second at the end."""
+def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float,
+             captions: Sequence[str] = ()) -> None:
+    """An animation of videos side by side, uint8 [T, H, W, 3] each, labelled; it stops for a second
+    at the end.
+
+    captions  what led to each frame, written below
+    """
     columns = {label: enlarge(frames, 256) for label, frames in columns.items()}
     height, width = next(iter(columns.values())).shape[1:3]
+    below = 20 if captions else 0
     images = []
     for t in range(max(len(frames) for frames in columns.values())):
-        image = Image.new("RGB", (len(columns) * (width + 4) - 4, height + 16), "white")
+        image = Image.new("RGB", (len(columns) * (width + 4) - 4, height + 16 + below), "white")
         draw = ImageDraw.Draw(image)
         for x, (label, frames) in enumerate(columns.items()):
             draw.text((x * (width + 4) + 2, 2), f"{label}   frame {t}", fill=INK)
             image.paste(Image.fromarray(frames[min(t, len(frames) - 1)]), (x * (width + 4), 16))
+        if captions:
+            draw.text((2, height + 19), f"action   {captions[t]}", fill=INK)
         images.append(image)
     durations = [round(1000 / fps)] * (len(images) - 1) + [1000]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
-def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, float]]], x_label: str) -> None:
+def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, float]]],
+                x_label: str) -> None:
     """Lines through (x, y) points on shared axes from zero, one colour per entry."""
     curves = {label: points for label, points in curves.items() if len(points)}
     width, height, left, top, right, bottom = 720, 400, 60, 20, 20, 40
@@ -56,7 +66,8 @@ def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, float]
     y_max = max([y for points in curves.values() for _, y in points], default=1) * 1.05 or 1
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return left + x / x_max * (width - left - right), height - bottom - y / y_max * (height - top - bottom)
+        return left + x / x_max * (width - left - right), height - bottom - y / y_max * (height
+                                                                                         - top - bottom)
 
     for i in range(6):
         x, y = x_max * i / 5, y_max * i / 5

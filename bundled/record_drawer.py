@@ -1,28 +1,33 @@
-"""Record a small world: a simulated Sawyer arm at a drawer (Meta-World, rendered by MuJoCo), in RT-1's format.
+"""Record a small world: a simulated Sawyer arm at a drawer (Meta-World, rendered by MuJoCo), in
+RT-1's format.
 
-    pip install metaworld mujoco packaging            (and libosmesa6, Debian's name, to render without a screen)
-    python -m tools.record_drawer --world drawer --split train --episodes 1200 --out recorded/drawer
-    python -m tools.record_drawer --world drawer --split val --episodes 32 --out recorded/drawer
-    python -m tools.record_drawer --world others --split train --episodes 1200 --out recorded/others
+    pip install metaworld mujoco packaging            (and libosmesa6, Debian's name, to render
+                                                      without a screen)
+    python -m bundled.record_drawer --world drawer --split train --episodes 1200 --out
+    recorded/drawer python -m bundled.record_drawer --world drawer --split val --episodes 32 --out
+    recorded/drawer python -m bundled.record_drawer --world others --split train --episodes 1200
+    --out recorded/others
 
-`drawer` is for the world model. `others` is for pretraining a passive video model: tasks without a drawer, and
-without actions (zeros are written in their place).
+`drawer` is for the world model. `others` is for pretraining a passive video model: tasks without a
+drawer, and without actions (zeros are written in their place).
 
-One frame spans six steps of the simulator with the action held, so that one sees it move. A world model learns what
-actions do only if they are not habits: a scripted expert always reaches for the drawer, and a network
-that knows this need not look at the action. So a quarter of the episodes each come from
+One frame spans six steps of the simulator with the action held, so that one sees it move. A world
+model learns what actions do only if they are not habits: a scripted expert always reaches for the
+drawer, and a network that knows this need not look at the action. So a quarter of the episodes each
+come from
 
     expert   the scripted policy with strong smooth noise          pause    motion and stillness in turn
     random   smooth noise alone                                    sweep    one direction at a time, at full speed
 
 and in all but the expert's the gripper opens and closes at random.
 
-And it learns only what it can see. Meta-World's actions move a point that pulls the hand, and where the hand cannot
-follow, at the drawer or at the end of the arm's reach, that point runs away from it: many an action then seems to do nothing, for
-a reason that no frame shows. So here the point stays within three centimetres of the hand, and an episode begins at rest.
+And it learns only what it can see. Meta-World's actions move a point that pulls the hand, and where
+the hand cannot follow, at the drawer or at the end of the arm's reach, that point runs away from
+it: many an action then seems to do nothing, for a reason that no frame shows. So here the point
+stays within three centimetres of the hand, and an episode begins at rest.
 
-The episodes of a file are a function of the seed, the split and the file's number; files that exist already are left as
-they are.
+The episodes of a file are a function of the seed, the split and the file's number; files that exist
+already are left as they are.
 """
 import argparse
 import multiprocessing
@@ -36,18 +41,22 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tools.tfrecord import encode_example, write_records
+from episodes.tfrecord import encode_example, write_records
 
 FRAMES, STEPS_PER_FRAME = 24, 6
 HEIGHT, WIDTH = 64, 80  # of a recorded frame; rendered at twice that
 CAMERA, CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)
-LOW, HIGH = np.array([-0.4, 0.45, 0.06]), np.array([0.4, 0.9, 0.42])  # where the hand starts and turns back, in metres
+# where the hand starts and turns back, in metres
+LOW, HIGH = np.array([-0.4, 0.45, 0.06]), np.array([0.4, 0.9, 0.42])
 LEAD = 0.03  # metres, per axis, that the point which pulls the hand may be ahead of it
 WORLDS = {
     "drawer": ("drawer-close-v3", "drawer-open-v3"),
-    "others": ("button-press-v3", "button-press-topdown-v3", "coffee-button-v3", "coffee-push-v3", "dial-turn-v3",
-               "door-close-v3", "door-open-v3", "door-lock-v3", "faucet-open-v3", "faucet-close-v3", "handle-press-v3",
-               "handle-pull-v3", "lever-pull-v3", "pick-place-v3", "plate-slide-v3", "push-v3", "reach-v3", "soccer-v3",
+    "others": ("button-press-v3", "button-press-topdown-v3", "coffee-button-v3", "coffee-push-v3",
+               "dial-turn-v3",
+               "door-close-v3", "door-open-v3", "door-lock-v3", "faucet-open-v3", "faucet-close-v3",
+               "handle-press-v3",
+               "handle-pull-v3", "lever-pull-v3", "pick-place-v3", "plate-slide-v3", "push-v3",
+               "reach-v3", "soccer-v3",
                "sweep-into-v3", "window-open-v3"),
 }
 BEHAVIOURS = ("expert", "random", "pause", "sweep")
@@ -63,15 +72,19 @@ class Simulator:
             from metaworld import ALL_V3_ENVIRONMENTS
             from metaworld.policies import ENV_POLICY_MAP
         except ImportError as error:
-            raise SystemExit(f"recording needs the simulator ({error}): pip install metaworld mujoco packaging") from None
-        self.env = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA, width=2 * WIDTH,
+            raise SystemExit(f"recording needs the simulator ({error}): pip install metaworld "
+                             "mujoco packaging") from None
+        self.env = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA,
+                                             width=2 * WIDTH,
                                              height=2 * HEIGHT)
-        self.env._freeze_rand_vec, self.env._set_task_called = False, True  # a new layout at every reset
+        # a new layout at every reset
+        self.env._freeze_rand_vec, self.env._set_task_called = False, True
         self.env.max_path_length = 10**9
         self.policy = ENV_POLICY_MAP[task]()
         self.camera = mujoco.mj_name2id(self.env.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
         self.env.model.cam_pos[self.camera] = CAMERA_POSITION
-        self.flags_off = (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION)  # four times faster
+        # four times faster
+        self.flags_off = (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION)
 
     def reset(self, rng: np.random.Generator) -> None:
         """A new layout, with the drawer (if there is one) and the hand anywhere."""
@@ -106,11 +119,16 @@ class Simulator:
         return np.asarray(picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
 
     def gripper(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the fingertips are: position [3] in metres, and pixel [2] (x to the right, y down)."""
+        """Where the fingertips are: position [3] in metres, and pixel [2] (x to the right, y down).
+        """
         position = self.env.tcp_center
-        seen = self.env.data.cam_xmat[self.camera].reshape(3, 3).T @ (position - self.env.data.cam_xpos[self.camera])
+        seen = self.env.data.cam_xmat[self.camera].reshape(3,
+                                                           3).T @ (position
+                                                                   - self.env.data.cam_xpos[
+                                                                       self.camera])
         focal = HEIGHT / 2 / np.tan(np.radians(self.env.model.cam_fovy[self.camera]) / 2)
-        upside_down = np.array([WIDTH, HEIGHT]) / 2 + focal * np.array([seen[0], -seen[1]]) / -seen[2]
+        upside_down = np.array([WIDTH, HEIGHT]) / 2 + focal * np.array([seen[0],
+                                                                        -seen[1]]) / -seen[2]
         return position, np.array([WIDTH, HEIGHT]) - upside_down
 
 
@@ -136,7 +154,9 @@ def plan(behaviour: str, rng: np.random.Generator) -> np.ndarray:
     if behaviour == "pause":
         motion *= held(rng, lambda: rng.integers(2), 2, 6)[:, None]
     if behaviour == "sweep":
-        motion = held(rng, lambda: rng.uniform(0.5, 1) * rng.choice([-1, 1]) * np.eye(3)[rng.integers(3)], 3, 8)
+        motion = held(rng, lambda: rng.uniform(0.5, 1) * rng.choice([-1,
+                                                                     1]) * np.eye(3)[
+                                                                         rng.integers(3)], 3, 8)
     gripper = held(rng, lambda: rng.choice([-1.0, 1.0]), 4, 12)
     return np.concatenate([motion, gripper[:, None]], axis=1)
 
@@ -201,11 +221,13 @@ def record_file(args: argparse.Namespace, files: int, number: int) -> int:
     if not path.exists():
         payloads = []
         for i in episodes:
-            rng = np.random.default_rng([args.seed, zlib.crc32(f"{args.world} {args.split}".encode()), i])
+            rng = np.random.default_rng([args.seed,
+                                         zlib.crc32(f"{args.world} {args.split}".encode()), i])
             task = WORLDS[args.world][i // len(BEHAVIOURS) % len(WORLDS[args.world])]
             episode = record(simulator_of(task), BEHAVIOURS[i % len(BEHAVIOURS)], rng)
             payloads.append(encode(episode, with_actions=args.world == "drawer"))
-        unfinished = path.with_name(path.name + ".partial")  # of this file alone: others are being written beside it
+        # of this file alone: others are being written beside it
+        unfinished = path.with_name(path.name + ".partial")
         write_records(unfinished, payloads)
         unfinished.replace(path)
     return len(episodes)
@@ -225,7 +247,8 @@ def main() -> None:
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
     files = -(-args.episodes // args.per_file)
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool, tqdm(total=args.episodes, unit="episode") as bar:
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool, tqdm(
+            total=args.episodes, unit="episode") as bar:
         for recorded in pool.imap_unordered(partial(record_file, args, files), range(files)):
             bar.update(recorded)
 

@@ -1,8 +1,10 @@
-"""Play for ten minutes like a child at a keyboard, and see whether the server minds: python -m tools.play_randomly
+"""Play for ten minutes like a child at a keyboard, and see whether the server minds: python -m
+play.try_randomly
 
-Starts `sample.py --play`, opens a world, presses keys at random, pauses, resets, branches, changes guidance, sends nonsense, saves
-animations, closes the tab in mid-frame and opens another. Once a minute it prints how many frames came, how fast they were made
-(the page's own figure, which leaves out the waiting for keys), and the server's memory.
+Starts `python -m play`, opens a world, presses keys at random, pauses, resets, branches, changes
+guidance, sends nonsense, saves animations, closes the tab in mid-frame and opens another. Once a
+minute it prints how many frames came, how fast they were made (the page's own figure, which leaves
+out the waiting for keys), and the server's memory.
 """
 import argparse
 import http.client
@@ -41,7 +43,8 @@ class Tab:
             for line in self.answer:
                 if line.startswith(b"data: "):
                     event = json.loads(line[6:])
-                    self.session, self.kept = event.get("session", self.session), event.get("kept", self.kept)
+                    self.session, self.kept = event.get("session", self.session), event.get("kept",
+                                                                                            self.kept)
                     if "fps" in event:
                         self.rates.append(event["fps"])
         except (OSError, ValueError, AttributeError):
@@ -49,7 +52,8 @@ class Tab:
 
     def ask(self, method: str, path: str, content: object = None) -> int:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        connection.request(method, path, json.dumps(content) if content else None, {"Content-Type": "application/json"})
+        connection.request(method, path, json.dumps(content) if content else None,
+                           {"Content-Type": "application/json"})
         status = connection.getresponse().status
         connection.close()
         return status
@@ -63,14 +67,22 @@ def play(port: int, process: int, minutes: float) -> int:
     while time.time() < begin + 60 * minutes:
         what, session = random.random(), tab.session
         if what < 0.7:
-            status = tab.ask("POST", "/api/keys", {"session": session, "frame": 1, "keys": random.sample(keys, random.randint(0, 2))})
+            status = tab.ask("POST", "/api/keys", {"session": session,
+                                                   "keys": random.sample(keys,
+                                                                         random.randint(0, 2))})
         elif what < 0.96:
-            command, value = random.choice([("guidance", random.uniform(0, 4)), ("idle", random.random() < 0.7), ("pause", False),
-                                            ("reset", None), ("branch", random.choice(tab.kept or [1]))])
-            status = tab.ask("POST", "/api/command", {"session": session, "command": command, "value": value})
-            status = 200 if command == "branch" else status  # the frame may have left the ring meanwhile
+            command, value = random.choice([("guidance", random.uniform(0, 4)),
+                                            ("idle", random.random() < 0.7), ("pause", False),
+                                            ("reset", None),
+                                            ("branch", random.choice(tab.kept or [1]))])
+            status = tab.ask("POST", "/api/command",
+                             {"session": session, "command": command, "value": value})
+            # the frame may have left the ring meanwhile
+            status = 200 if command == "branch" else status
         elif what < 0.98:
-            status = 200 if tab.ask("POST", "/api/command", {"session": session, "command": random.choice([None, 7, "x" * 900])}) == 400 else 0
+            status = 200 if tab.ask("POST", "/api/command",
+                                    {"session": session,
+                                     "command": random.choice([None, 7, "x" * 900])}) == 400 else 0
         elif what < 0.99:
             status = tab.ask("GET", f"/api/gif?session={session}")
         else:
@@ -82,7 +94,8 @@ def play(port: int, process: int, minutes: float) -> int:
         time.sleep(random.uniform(0, 0.3))
         if time.time() > mark + 60:
             rates, tab.rates = rates + tab.rates, []
-            print(f"minute {(time.time() - begin) / 60:.0f}: {len(rates)} frames at {mean(rates or [0]):.1f} frames/s, "
+            print(f"minute {(time.time() - begin) / 60:.0f}: {len(rates)} frames at "
+                  f"{mean(rates or [0]):.1f} frames/s, "
                   f"{memory(process):.0f} MB, {errors} unexpected answers", flush=True)
             rates, mark = [], time.time()
     return errors
@@ -93,7 +106,9 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--port", type=int, default=8123)
     args = parser.parse_args()
-    server = subprocess.Popen([sys.executable, REPOSITORY / "sample.py", "--play", "--port", str(args.port)], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, "-m", "play", "--port", str(args.port)],
+                              stdout=subprocess.PIPE, text=True,
+                              cwd=REPOSITORY)
     try:
         for line in server.stdout:
             if "play at" in line:

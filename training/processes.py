@@ -1,4 +1,5 @@
-"""A training run among processes: those that torchrun started, and those that send it signals."""
+"""A training run among processes: those that torchrun started, those that load data, and those that
+send signals."""
 import os
 import signal
 from datetime import timedelta
@@ -9,15 +10,18 @@ from tqdm import tqdm
 
 
 def join_processes() -> tuple[int, int, torch.device]:
-    """Rank and number of the processes that torchrun started (0 of 1 without it), and this one's device."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """Rank and number of the processes that torchrun started (0 of 1 without it), and this one's
+    device."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK",
+                                                     0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world > 1:  # the timeout is for the others, while the first trains the autoencoder or draws a strip
+    # the timeout is for the others, while the first trains the autoencoder or draws a strip
+    if processes > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))
-    return int(os.environ.get("RANK", 0)), world, device
+    return int(os.environ.get("RANK", 0)), processes, device
 
 
 def across_processes(loss: float, stop: bool, device: torch.device) -> tuple[float, bool]:
@@ -27,6 +31,11 @@ def across_processes(loss: float, stop: bool, device: torch.device) -> tuple[flo
     both = torch.tensor([loss, float(stop)], device=device, dtype=torch.float64)
     dist.all_reduce(both)
     return both[0].item() / dist.get_world_size(), both[1].item() > 0
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def stop_on_signals() -> list[int]:
@@ -43,7 +52,9 @@ def stop_on_signals() -> list[int]:
     return stop
 
 
-def ignore_interrupt(_: int) -> None:
-    """Ctrl-C reaches the data workers as well; only the main process is to act on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def ignore_signals(_: int) -> None:
+    """For data workers. Ctrl-C, and a SIGTERM to the process group, reach them as well; only the
+    main process is to
+    act on it, and needs them until its step is done. They end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

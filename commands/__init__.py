@@ -1,0 +1,76 @@
+"""A command's options from one dataclass, and its exit code from what happened.
+
+    @dataclass
+    class Settings:
+        steps: int | None = option(None, "denoising steps per frame; if left out, the checkpoint's")
+        out: str = option("rollouts", "folder for the pictures")
+
+    def run(settings: Settings) -> int | None: ...
+
+    if __name__ == "__main__":
+        sys.exit(command("sample.py", lambda: run(parse(Settings, "Roll out a world model."))))
+"""
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import Field, field, fields
+
+from errors import UserError
+
+
+def option(default: object, help: str, type: type | None = None, **words: object):
+    """A field of a settings class that becomes `--its-name`. `words` go to `add_argument` as they
+    are."""
+    return field(default=default, metadata={"help": help, "type": type, "words": words})
+
+
+def parse(settings_class: type, description: str, argv: Sequence[str] | None = None,
+          complete: Callable | None = None, **defaults: object):
+    """Settings from a command line. `defaults` replace those of the fields, in `--help` too.
+
+    complete  a function that fills in settings and raises UserError for what cannot be, reported
+              with the usage
+    """
+    parser = argparse.ArgumentParser(description=description)
+    settings = settings_class(**defaults)
+    for each in fields(settings_class):
+        if each.metadata:
+            add_option(parser, each, default=getattr(settings, each.name))
+    for name, value in vars(parser.parse_args(argv)).items():
+        if isinstance(value, str) and "\0" in value:
+            parser.error(f"--{name.replace('_', '-')} holds a null byte")
+        setattr(settings, name, value)
+    if not 0 <= getattr(settings, "seed", 0) < 2**63:
+        parser.error(f"--seed is {settings.seed}; it must be between 0 and 2^63 - 1")
+    if complete:
+        try:
+            complete(settings)
+        except UserError as error:
+            parser.error(str(error))
+    return settings
+
+
+def add_option(parser: argparse.ArgumentParser, setting: Field, default: object) -> None:
+    words = dict(setting.metadata["words"])
+    kind = setting.metadata["type"] or (str if setting.default is None else type(setting.default))
+    if kind is bool:
+        words["action"] = argparse.BooleanOptionalAction if setting.default is None else "store_true"
+    elif "choices" not in words:
+        words |= {"type": kind, "metavar": words.get("metavar",
+                                                     {int: "N", float: "X", str: "NAME"}[kind])}
+    shown = "" if default is None or kind is bool else f" (default: {default})"
+    parser.add_argument(f"--{setting.name.replace('_', '-')}", default=default,
+                        help=(setting.metadata["help"] + shown).replace("%", "%%"), **words)
+
+
+def command(name: str, work: Callable[[], int | None]) -> int:
+    """Do the work; returns the exit code: 2, after one sentence, for what a user can mend; 130 for
+    Ctrl-C."""
+    try:
+        return work() or 0
+    except (UserError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return 130

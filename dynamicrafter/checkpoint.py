@@ -1,0 +1,235 @@
+"""Reading checkpoints: never executed, whole, and told apart from what only looks like one.
+
+A checkpoint from somewhere else is a program until proven otherwise: PyTorch's format is a pickle.
+Here it is read with `weights_only=True` or not at all. Its tensors stay on disk until they are
+used, so reading the 10 GB of DynamiCrafter costs nothing; memory-mapping skips the archive's
+checksums, however, so those are checked first: always for small files, and once for large ones,
+whose verified size and time are remembered.
+"""
+import json
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from errors import CheckpointError
+
+UNET = "model.diffusion_model."  # a checkpoint's name for the U-Net
+# bytes: a file up to this size is checked at every reading, in a fraction of a second
+CHECK_ALWAYS = 256 * 2**20
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The content of a checkpoint file, PyTorch's or .safetensors, with its tensors left on disk.
+
+    Raises CheckpointError if the file is missing, damaged, or holds anything but tensors and plain
+    values.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint at {path}") from None
+    except IsADirectoryError:
+        raise CheckpointError(
+            f"{path} is a folder without a checkpoint.pt; name a checkpoint file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        return {"state_dict": read_safetensors(path)}
+    if start[:2] != b"PK":
+        raise CheckpointError(explain_other_format(path, start))
+    check_archive(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values (a Lightning file keeps its "
+            "callbacks, for instance); "
+            "unpickling it would execute code from the file, so it is refused: on a machine where "
+            "you trust it, "
+            "load it with torch and save {'state_dict': …} alone") from None
+    except Exception as error:  # a damaged file that passes its checksums can raise almost anything
+        raise CheckpointError(explain(path, error)) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary")
+    return content
+
+
+def explain(path: Path, error: Exception) -> str:
+    """One sentence for whatever went wrong while a file was parsed."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if isinstance(error, MemoryError) or "memory" in reason.lower():
+        return f"there is not enough address space to map {path} ({reason})"
+    return f"{path} is damaged, or no checkpoint ({reason}): fetch it again"
+
+
+def explain_other_format(path: Path, start: bytes) -> str:
+    if not start:
+        return f"{path} is empty: fetch it again"
+    if start[:1] == b"\x80":  # a pickle without an archive around it: PyTorch before 1.6
+        return f"{path} is of PyTorch's old format or a bare pickle: load it with torch and save it again"
+    if start.startswith(b"version h"):
+        return f"{path} is a Git LFS pointer and not the file it stands for: run `git lfs pull`"
+    return f"{path} is no PyTorch checkpoint and no .safetensors file"
+
+
+def check_archive(path: Path) -> None:
+    """Compare every member of a PyTorch archive with its checksum. Raises CheckpointError if one
+    does not match."""
+    verified = remembered_checks(path)
+    if verified is not None and verified.exists():
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            size = sum(member.file_size for member in members)
+            with tqdm(total=size, unit="B", unit_scale=True, desc="checking",
+                      disable=size < CHECK_ALWAYS) as bar:
+                for member in members:
+                    with archive.open(member) as file:  # which compares the checksum at its end
+                        while chunk := file.read(2**20):
+                            bar.update(len(chunk))
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except zipfile.BadZipFile as error:
+        words = "a checksum does not match" if "CRC" in str(error) else "it is truncated"
+        raise CheckpointError(f"{path} is damaged: {words}; fetch it again") from None
+    except Exception as error:  # damaged headers make zipfile raise almost anything
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}); fetch it again") from None
+    if verified is not None:
+        try:
+            verified.parent.mkdir(parents=True, exist_ok=True)
+            verified.touch()
+        except OSError:
+            pass  # it will be checked again
+
+
+def remembered_checks(path: Path) -> Path | None:
+    """The file whose existence says that this large checkpoint, with this size and time, has been
+    checked."""
+    stat = path.stat()
+    if stat.st_size <= CHECK_ALWAYS:
+        return None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vid2world"
+    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()
+    return cache / f"checked-{zlib.crc32(identity):08x}-{stat.st_size}-{stat.st_mtime_ns}"
+
+
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                     "BF16": torch.bfloat16,
+                     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+                     "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, left on disk. The format: length of the header (8 bytes),
+    header (JSON), data.
+
+    Raises CheckpointError for a damaged file. The format has no checksums: only the header can be
+    checked.
+    """
+    try:
+        with open(path, "rb") as file:
+            length, = struct.unpack("<Q", file.read(8))
+            if length > min(path.stat().st_size - 8, 100 * 2**20):
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        data = torch.from_file(str(path), shared=False, size=path.stat().st_size,
+                               dtype=torch.uint8)[8 + length :]
+        tensors, end_of_data = {}, 0
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            tensor = data[start:end]
+            if not 0 <= start <= end <= len(data):
+                raise ValueError("it is truncated")
+            dtype = SAFETENSORS_TYPES[entry["dtype"]]
+            if (8 + length + start) % dtype.itemsize:
+                tensor = tensor.clone()  # a view needs an aligned start
+            tensors[name] = tensor.view(dtype).view(entry["shape"])
+            end_of_data = max(end_of_data, end)
+        if end_of_data != len(data):
+            raise ValueError("it is truncated")
+    # a header is foreign JSON: whatever is wrong with one, the file is damaged
+    except Exception as error:
+        raise CheckpointError(explain(path, error)) from None
+    return tensors
+
+
+def read_lightning(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a DynamiCrafter or released Vid2World checkpoint: full name -> tensor.
+
+    Files that others pruned, halved or wrapped come out alike: names lose a wrapper's prefix
+    (`module.`, `ema.`), and a copy under such a prefix beside the weights themselves is passed
+    over. Raises CheckpointError as `read_checkpoint` does, and for the 256 model.
+    """
+    content = read_checkpoint(path)
+    content = content.get("state_dict", content.get("module", content))
+    weights = {}
+    if isinstance(content, dict):
+        weights = {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    wrappers = {name.partition(UNET)[0] for name in weights if UNET in name}
+    if not wrappers:
+        raise CheckpointError(f"{path} holds no {UNET}* weights: it is not a DynamiCrafter or "
+                              "Vid2World checkpoint")
+    if "" not in wrappers:  # wrapped whole, as `module.` or `ema.`
+        if len(wrappers) > 1:
+            raise CheckpointError(f"{path} holds several models ({', '.join(sorted(wrappers))}); "
+                                  "save one of them alone")
+        weights = select(weights, wrappers.pop())
+    if any(name.endswith("attn2.alpha") or "framestride_embed" in name for name in weights):
+        raise CheckpointError(f"{path} is DynamiCrafter-256, which predicts noise in place of "
+                              "velocity and weighs its "
+                              "image attention; use the 512 or the 1024 model")
+    return weights
+
+
+def select(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The part of a checkpoint whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()
+            if name.startswith(prefix)}
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) -> nn.Module:
+    """`load_state_dict` whose complaints a person can read; nothing missing, left over or misshapen
+    is accepted.
+
+    The network takes the tensors over as they are (in float32) and copies none, so it may be built
+    on the meta device, and loading needs no memory beyond what is kept.
+    """
+    wanted = network.state_dict()
+    missing = [name for name in wanted if name not in weights]
+    unexpected = [name for name in weights if name not in wanted]
+    misshapen = [f"{name} {list(weights[name].shape)} for {list(wanted[name].shape)}"
+                 for name in wanted
+                 if name in weights and weights[name].shape != wanted[name].shape]
+    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    complaints = [f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+                  for what, names in problems.items() if names]
+    if complaints:
+        raise CheckpointError(f"{source} does not fit this {type(network).__name__}: "
+                              f"{'; '.join(complaints)}")
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return network
+
+
+def load_part(network_class: type[nn.Module], config: object, weights: dict[str, Tensor],
+              prefix: str,
+              source: str | Path) -> nn.Module:
+    """One frozen part of a checkpoint that `read_lightning` has read: its network, filled from
+    `prefix`."""
+    with torch.device("meta"):
+        network = network_class(config)
+    part = select(weights, prefix)
+    part.pop("logit_scale", None)  # the temperature of CLIP's training loss, which no network uses
+    return load_weights(network, part, source=str(source))

@@ -1,0 +1,42 @@
+"""Encoded pictures, and what can be wrong with them."""
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from errors import DataError
+
+LARGEST = 2**24  # pixels: a frame of more is a decompression bomb, or at least no frame
+
+
+def decode(image: bytes | memoryview | np.ndarray) -> np.ndarray:
+    """An encoded picture, or one that is an array already, to uint8 [H, W, 3]. Raises DataError."""
+    if isinstance(image, np.ndarray):
+        return image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            picture = Image.open(BytesIO(image))
+        if picture.width * picture.height > LARGEST:
+            raise DataError(f"a frame has {picture.width}×{picture.height} pixels")
+        if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 8
+            picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0,
+                                                                                       255).astype(np.uint8))
+        return np.asarray(picture.convert("RGB"))
+    except DataError:
+        raise
+    except Exception:  # a damaged picture makes its decoder raise almost anything
+        raise DataError("a frame is no readable picture") from None
+
+
+def decode_all(images: Sequence) -> np.ndarray:
+    """Pictures to uint8 [T, H, W, 3]. Raises DataError if one cannot be read or their sizes differ.
+    """
+    frames = [decode(image) for image in images]
+    sizes = sorted({frame.shape for frame in frames})
+    if len(sizes) > 1:
+        listed = ", ".join(f"{height}×{width}" for height, width, _ in sizes[:3])
+        raise DataError(f"its frames have different sizes ({listed})")
+    return np.stack(frames)

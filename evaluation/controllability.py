@@ -1,0 +1,231 @@
+"""Controllability: does the imagined arm go where it is told? python -m evaluation.controllability
+
+Pictures alone cannot say: a sharp picture of a gripper in the wrong place looks right. So a small
+network learns to read the gripper's place off recorded frames, whose true place the simulator knew,
+and then reads it off imagined ones:
+
+    own actions   from an episode's first frame, under its actions: how far is the gripper from
+                  where it was?
+    another's     under the actions of another episode: how far, if the actions were ignored or
+                  unknown?
+    sweeps        from one frame, 8 steps of full speed along +x, -x, +y, -y, +z, -z: does it go to
+                  that side?
+
+for several strengths of guidance and ranges of noise levels at which guidance applies.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from commands import command, option, parse
+from data import Episodes, open_episodes
+from errors import DataError
+from evaluation.evaluate import WorldSettings, imagine, open_held_out, read_batches
+from model.saving import TINY_WORLD
+from model.vid2world import to_pixels
+from sample import WorldModel, load_world
+from viewing.pictures import save_curves, save_strip
+from viewing.psnr import psnr
+
+PIXEL, POSITION = "steps/observation/gripper_pixel", "steps/observation/gripper_position"
+WORLD_VECTOR = slice(10, 13)  # of RT-1's 13 action numbers: the gripper's motion along x, y, z
+SWEEPS = {f"{sign}{axis}": (i, 1 if sign == "+" else -1) for i, axis in enumerate("xyz")
+          for sign in "+-"}
+SWEEP_FRAMES = 8
+
+
+class GripperReader(nn.Module):
+    """Frames -> the gripper's pixel: convolutions make a map of where it might be, whose centre of
+    mass is the answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 32, 5, stride=2, padding=2), nn.SiLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(64, 64, 3, padding=1), nn.SiLU(), nn.Conv2d(64, 64, 3, padding=2, dilation=2),
+            nn.SiLU(),
+            nn.Conv2d(64, 64, 3, padding=4, dilation=4), nn.SiLU(), nn.Conv2d(64, 1, 3, padding=1))
+
+    def forward(self, pixels: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, 2], x and y
+        where = self.layers(pixels)[:, 0]  # [N, H/4, W/4]
+        N, h, w = where.shape
+        where = where.flatten(1).softmax(dim=1).view(N, h, w)
+        x, y = 4 * torch.arange(w, device=where.device) + 2, 4 * torch.arange(h,
+                                                                              device=where.device) + 2
+        return torch.stack([(where.sum(1) * x).sum(1), (where.sum(2) * y).sum(1)], dim=1)
+
+    @torch.no_grad()
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 [..., H, W, 3] -> [..., 2]."""
+        pixels = to_pixels(torch.tensor(frames.reshape(1, -1, *frames.shape[-3:])))[0]
+        return self(pixels).numpy().reshape(*frames.shape[:-3], 2)
+
+
+def recorded(episodes: Episodes) -> tuple[Tensor, Tensor]:
+    """All frames [N, 3, H, W] in [-1, 1], and the gripper's true pixel in each."""
+    chosen = [episodes[i] for i in range(len(episodes))]
+    frames = np.concatenate([episode.frames for episode in chosen])
+    return to_pixels(torch.from_numpy(frames)[None])[0], torch.from_numpy(
+        np.concatenate([episode.feature(PIXEL) for episode in chosen])).float()
+
+
+def train_reader(episodes: Episodes, steps: int = 800) -> GripperReader:
+    """On frames shifted by up to 8 pixels and a little blurred or noisy, since imagined ones are no
+    better."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    reader = GripperReader()
+    frames, places = recorded(episodes)
+    height, width = frames.shape[2:]
+    optimizer = torch.optim.Adam(reader.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(frames), (32,), generator=generator)
+        x, y = torch.randint(-8, 9, (2,), generator=generator).tolist()
+        padded = F.pad(frames[chosen], (8, 8, 8, 8), mode="replicate")
+        batch = padded[:, :, 8 - y : 8 - y + height, 8 - x : 8 - x + width]  # moved by x, y
+        blurred = F.avg_pool2d(batch, 3, stride=1, padding=1, count_include_pad=False)
+        batch = batch.lerp(blurred, torch.rand(32, 1, 1, 1, generator=generator))
+        strength = torch.rand(32, 1, 1, 1, generator=generator)
+        noise = torch.randn(batch.shape, generator=generator)
+        batch = batch + 0.1 * strength * noise
+        loss = F.smooth_l1_loss(reader(batch), places[chosen] + torch.tensor([x, y]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return reader.eval()
+
+
+def directions(episodes: Episodes) -> np.ndarray:
+    """How the gripper's pixel moves with its position: [2, 3], pixels per metre, by least squares.
+    """
+    pixels, positions = (np.concatenate([episodes[i].feature(name) for i in range(len(episodes))])
+                         for name in (PIXEL, POSITION))
+    columns = np.concatenate([positions, np.ones((len(positions), 1))], axis=1)
+    return np.linalg.lstsq(columns, pixels, rcond=None)[0][:3].T
+
+
+def central_frames(episodes: Episodes) -> np.ndarray:
+    """From each episode the frame whose gripper is nearest to the middle of its reach, with room on
+    all sides."""
+    positions = [episodes[i].feature(POSITION) for i in range(len(episodes))]
+    everywhere = np.concatenate(positions)
+    middle, reach = (everywhere.max(0) + everywhere.min(0)) / 2, everywhere.max(
+        0) - everywhere.min(0)
+    nearest = [np.abs((rows - middle) / reach).max(axis=1).argmin() for rows in positions]
+    # [N, 1, H, W, 3]
+    return np.stack([episodes[i].read(t, t + 1)[0] for i, t in enumerate(nearest)])
+
+
+def follow(world: WorldModel, reader: GripperReader, clips: np.ndarray, actions: np.ndarray,
+           truth: np.ndarray,
+           batch: int) -> tuple[float, float]:
+    """Roll all episodes out under these actions: distance in pixels of the imagined gripper from
+    its true place at the last frame, and PSNR of all imagined frames, both means over episodes.
+
+    clips uint8 [N, T, H, W, 3], actions [N, T, A], truth [N, T, 2] the true place of the gripper
+    """
+    imagined = np.concatenate([imagine(world, clips[i : i + batch], actions[i : i + batch, :-1])
+                               for i in range(0, len(clips), batch)])
+    error = np.linalg.norm(reader.read(imagined[:, -1]) - truth[:, -1], axis=-1)
+    return error.mean(), psnr(imagined, clips)[:, 1:].mean()
+
+
+def sweep(world: WorldModel, starts: np.ndarray, batch: int) -> dict[str, np.ndarray]:
+    """From each start [N, 1, H, W, 3] in each direction: name -> uint8 [N, 1 + SWEEP_FRAMES, H, W,
+    3]."""
+    swept = {}
+    for name, (axis, sign) in SWEEPS.items():
+        actions = np.zeros((len(starts), SWEEP_FRAMES, world.model.action_dim), np.float32)
+        actions[:, :, WORLD_VECTOR.start + axis] = sign
+        swept[name] = np.concatenate([imagine(world, starts[i : i + batch], actions[i : i + batch])
+                                      for i in range(0, len(starts), batch)])
+    return swept
+
+
+def right_side(swept: dict[str, np.ndarray], reader: GripperReader,
+               axes: np.ndarray) -> list[float]:
+    """For each sweep, in what share of the starts (%) the gripper went to its side."""
+    shares = []
+    for name, (axis, sign) in SWEEPS.items():
+        moved = reader.read(swept[name][:, -1]) - reader.read(swept[name][:, 0])
+        shares.append(100 * np.mean(sign * moved @ axes[:, axis] > 0))
+    return shares
+
+
+@dataclass
+class Settings(WorldSettings):
+    guidance: list[float] = option(None, "one row of the table each (default: 1 2)", type=float,
+                                   nargs="+")
+    guidance_levels: list[list[int]] | None = option(
+        None, "LOW HIGH, once or several times: rows for each; if left out, the checkpoint's",
+        type=int, nargs=2,
+        action="append", metavar=("LOW", "HIGH"))
+    own: bool = option(False, "own actions alone: a third of the time")
+    out: str = option("evaluations/controllability", "folder for the pictures")
+
+
+def run(settings: Settings) -> None:
+    world = load_world(settings.checkpoint or TINY_WORLD, steps=settings.steps, eta=settings.eta,
+                       seed=settings.seed)
+    episodes, training = open_held_out(settings, world), open_episodes(settings.data, settings.root,
+                                                                       "train")
+    if training.dataset.action_dim != WORLD_VECTOR.stop:
+        raise DataError(f"controllability is measured on the drawer's episodes; {settings.data} "
+                        "does not say where "
+                        "the gripper is")
+    reader = train_reader(training)
+    frames, places = recorded(episodes)
+    with torch.no_grad():
+        errors = (reader(frames) - places).norm(dim=1)
+    print(f"gripper reader: trained on {len(training)} recorded episodes, off by "
+          f"{errors.mean():.2f} pixels (median "
+          f"{errors.median():.2f}) on {len(episodes)} held-out ones; {world.sampling.steps} steps, "
+          f"η {world.sampling.eta:g}")
+    starts, axes = central_frames(episodes), directions(training)
+    truth = np.stack([episodes[i].feature(PIXEL)[: settings.frames] for i in range(len(episodes))])
+    batches = read_batches(episodes, settings.frames, settings.batch, world.model.config)
+    clips, actions = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"\n| guidance | at levels | gripper error at frame {settings.frames - 1} (pixels) | "
+          "PSNR (dB) | error under "
+          f"another's actions | PSNR | right side of the sweep (%) | {' | '.join(SWEEPS)} |\n|"
+          f"{' --- |' * (7 + len(SWEEPS))}")
+    for low, high in settings.guidance_levels or [world.sampling.guidance_levels]:
+        errors = []
+        for guidance in settings.guidance or [1.0, 2.0]:
+            world = WorldModel(world.model, guidance, (low, high), settings.steps, settings.eta,
+                               seed=settings.seed)
+            error, own_psnr = follow(world, reader, clips, actions, truth, settings.batch)
+            errors.append((guidance, error))
+            cells = [f"{guidance:g}", f"{low}–{high}", f"{error:.2f}", f"{own_psnr:.2f}"]
+            if not settings.own:
+                other, other_psnr = follow(world, reader, clips, np.roll(actions, 1, axis=0), truth,
+                                           settings.batch)
+                swept = sweep(world, starts, settings.batch)
+                right = right_side(swept, reader, axes)
+                save_strip(out / f"sweeps_guidance{guidance:g}.png",
+                           {name: video[0] for name, video in swept.items()})
+                cells += [f"{other:.2f}", f"{other_psnr:.2f}",
+                          f"{np.mean(right):.1f}"] + [f"{r:.0f}" for r in right]
+            print(f"| {' | '.join(cells)} |", flush=True)
+        save_curves(out / f"guidance_{low}_{high}.png", {"gripper error, pixels": errors},
+                    "guidance")
+    print(f"\npictures: {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command("controllability", lambda: run(parse(Settings, "Measure controllability.",
+                                                        argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""The whole model: the U-Net and everything around it that turns frames into what it reads, and
+back.
+
+    frames ──autoencoder──▶ latents ──────────────────────▶ x, and the anchor's latents beside it ┐
+    anchor frame ──image tower──▶ 257 tokens ──resampler──▶ 16 tokens for every frame             ├▶ U-Net ──▶ velocity
+    the empty caption ──text tower, once──▶ 77 tokens                                             ┘
+
+Training and sampling go through the same five methods: `encode`, `image_tokens`, `context`,
+`denoise`, `decode`. Whoever wants another base than DynamiCrafter writes another class with these
+five.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion_forcing import NoiseSchedule
+from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
+from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTowerConfig, preprocess
+from dynamicrafter.resampler import Resampler, ResamplerConfig
+from temporal.cache import Cache
+from unet import Context, UNet, UNetConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of every part; the defaults are DynamiCrafter-512's."""
+    unet: UNetConfig = UNetConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    image_tower: ImageTowerConfig = ImageTowerConfig()
+    # None: the caption is one token of zeros
+    text_tower: TextTowerConfig | None = TextTowerConfig()
+    resampler: ResamplerConfig = ResamplerConfig()
+    size: tuple[int, int] = (320, 512)  # height and width in pixels
+    fit: str = "pad"  # how frames of another aspect are fitted to it: see `data.fit_frames`
+    base_scale: float = 0.7  # of the noise schedule
+    # a quirk of the released Vid2World: see `Model.image_context`
+    all_tokens_unless_full: bool = False
+
+
+PRESETS = {
+    "512": ModelConfig(),
+    "1024": ModelConfig(unet=UNetConfig(default_fps=10), size=(576, 1024), base_scale=0.3),
+    "tiny": ModelConfig(
+        unet=UNetConfig(model_channels=64, channel_mult=(1, 1, 2), num_res_blocks=1,
+                        attention_resolutions=(2,),
+                        head_channels=16, context_dim=64, dropout=0.0),
+        autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1,
+                                      latent_scale=1.0),
+        image_tower=ImageTowerConfig(image_size=64, patch_size=16, width=64, layers=2, heads=2,
+                                     output_dim=64),
+        text_tower=None,
+        resampler=ResamplerConfig(dim=64, depth=1, heads=2, head_channels=32, num_queries=4,
+                                  embedding_dim=64,
+                                  output_dim=64),
+        size=(64, 80)),
+}
+
+
+class Model(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        # what measurement found best for this model: see `sample.Sampling`
+        self.sampling: dict = {}
+        self.unet = UNet(config.unet)
+        self.autoencoder = Autoencoder(config.autoencoder)
+        self.image_tower = ImageTower(config.image_tower)
+        self.resampler = Resampler(config.resampler)
+        self.schedule = NoiseSchedule(config.base_scale)
+        self.register_buffer("text", torch.zeros(1, config.unet.context_dim))
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.device
+
+    @property
+    def num_frames(self) -> int:
+        """Frames in the longest clip: slots of the window."""
+        return self.config.unet.num_frames
+
+    @property
+    def action_dim(self) -> int:
+        """Numbers in an action; 0 for a passive model."""
+        return self.config.unet.action_dim or 0
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a frame's latents."""
+        autoencoder, (height, width) = self.config.autoencoder, self.config.size
+        return autoencoder.latent_channels, height // autoencoder.factor, width // autoencoder.factor
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels [B, T, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w]; with noise, a sample of the
+        posterior."""
+        return self.autoencoder.encode(pixels, noise)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, T, C, h, w] -> pixels [B, T, 3, H, W] in [-1, 1]."""
+        return self.autoencoder.decode(latents).clamp(-1, 1)
+
+    def image_tokens(self, anchor: Tensor) -> Tensor:
+        """Anchor frames [B, 3, H, W] in [-1, 1] -> tokens [B, slots · L, D]."""
+        return self.resampler(self.image_tower(preprocess(anchor,
+                                                          self.config.image_tower.image_size)))
+
+    def image_context(self, tokens: Tensor, frames: int) -> Tensor:
+        """Share the tokens out: frame i gets the L of slot i, [B, frames, L, D].
+
+        In the released Vid2World every frame gets all tokens, unless the clip fills all slots.
+        """
+        slots = self.config.resampler.num_frames
+        if self.config.all_tokens_unless_full and frames != slots:
+            return tokens[:, None].expand(-1, frames, -1, -1)
+        return tokens.unflatten(1, (slots, -1))[:, :frames]
+
+    def context(self, tokens: Tensor, frames: int, first: int = 0,
+                alternatives: int = 1) -> Context:
+        """What frames `first` .. `frames` - 1 of a clip read of the caption and of the anchor's
+        image tokens.
+
+        alternatives  how many versions of the last frame there will be side by side
+        """
+        image = self.image_context(tokens, frames)[:, first:]
+        image = torch.cat([image] + [image[:, -1:]] * (alternatives - 1), dim=1)
+        return self.unet.context(self.text.expand(len(tokens), -1, -1), image)
+
+    def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, context: Context,
+                actions: Tensor | None = None,
+                action_mask: Tensor | None = None, cache: Cache | None = None,
+                alternatives: int = 0) -> Tensor:
+        """The velocity [B, T, C, h, w] of a clip x, given its anchor's latents [B, 1, C, h, w] and
+        the context.
+
+        cache, alternatives  as in `UNet.predict`
+        """
+        x = torch.cat([x, anchor.expand_as(x)], dim=2)
+        return self.unet.predict(x, k, context, None, actions, action_mask, cache, alternatives)
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """uint8 [B, T, H, W, 3] -> float [B, T, 3, H, W] in [-1, 1]."""
+    return frames.permute(0, 1, 4, 2, 3).contiguous().float() / 127.5 - 1
+
+
+def to_frames(pixels: Tensor) -> np.ndarray:
+    """float [B, T, 3, H, W] in [-1, 1] -> uint8 [B, T, H, W, 3]."""
+    return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()

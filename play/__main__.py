@@ -1,0 +1,73 @@
+"""Drive an imagined world from a browser: python -m play"""
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from commands import command, option, parse
+from data import DATA_SETS
+from errors import RequestError
+from model.saving import TINY_WORLD
+from play.server import PlayServer
+from sample import WorldModel, load_world, open_data
+
+FASTEST = 8.0  # frames per second: faster than this, nobody could steer
+
+
+@dataclass
+class Settings:
+    checkpoint: str | None = option(
+        None, "run folder of train.py, or a released Vid2World checkpoint; if left out, the "
+              "bundled world")
+    data: str | None = option(None, "data set; if left out, the one the checkpoint was trained on",
+                              choices=DATA_SETS)
+    root: str | None = option(None, "its folder; if left out, the one the checkpoint was trained "
+                                    "on")
+    guidance: float | None = option(
+        None, "1 follows the action as trained, more exaggerates it; if left out, the checkpoint's",
+        type=float)
+    steps: int | None = option(None, "denoising steps per frame; if left out, the checkpoint's",
+                               type=int)
+    host: str = option("127.0.0.1", "address to listen at")
+    port: int = option(8000, "port to listen at")
+
+
+def check(settings: Settings) -> None:
+    if not settings.host:
+        raise RequestError("host is empty; name an address of this machine, such as 127.0.0.1 or "
+                           "0.0.0.0")
+    if not 0 <= settings.port < 65536:
+        raise RequestError(f"port is {settings.port}; it must be between 0 and 65535")
+
+
+def play(settings: Settings) -> None:
+    """Serve until Ctrl-C. Raises OSError if the port is taken."""
+    model = load_world(settings.checkpoint or TINY_WORLD).model
+    options = {"guidance": settings.guidance, "steps": settings.steps}
+    WorldModel(model, **options)  # refuses here what would otherwise end every player's stream
+    name, episodes = open_data(settings)
+    # Half of the cores are left to the browser: threads that wait for each other all stand still
+    # when it takes the core of one.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    server = PlayServer((settings.host, settings.port), lambda: WorldModel(model, **options),
+                        DATA_SETS[name], episodes,
+                        FASTEST)
+    try:
+        if settings.host not in ("127.0.0.1", "localhost"):
+            print(f"warning: everyone who can reach {settings.host} can play here, and there is "
+                  "no password")
+        print(f"play at {server.url}   (Ctrl-C ends it)", flush=True)
+        server.serve_forever(poll_interval=0.1)
+    except KeyboardInterrupt:
+        print()
+    finally:
+        server.end()
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = "Drive an imagined world from the keyboard, in a browser."
+    return command("play", lambda: play(parse(Settings, description, argv, check)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Normalisation over time that looks only back: the third leak, which the paper does not mention.
+
+A GroupNorm divides by the deviation of everything it sees. Over a whole clip it sees the future as
+well: change the last frame, and the statistics of the clip change, and with them every earlier
+frame. So a network with causal convolutions and causal attention still reads a future that a
+rollout does not have.
+
+`scope` says which frames the statistics of frame t include:
+
+    scope     frames             causal
+    "clip"    0 1 2 ... T-1      no      DynamiCrafter, and the released Vid2World
+    "past"    0 1 ... t          yes     equal to "clip" at the last frame
+    "frame"   t                  yes     stateless; the default
+
+By definition, "past" at frame t is
+
+    group_norm(x[:, :, : t + 1])[:, :, t]
+
+which `past_by_definition` computes, frame after frame. `TemporalNorm` computes the same in one
+pass: each frame's own mean and variance first, then their pool over the frames so far. No scope has
+parameters of its own, so pretrained weights load into each.
+"""
+import torch
+from torch import Tensor, nn
+
+NORM_SCOPES = ("clip", "past", "frame")
+
+
+def past_by_definition(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Scope "past" as defined, in T passes of an ordinary GroupNorm over x [B, C, T, ...]."""
+    return torch.stack([norm(x[:, :, : t + 1])[:, :, t] for t in range(x.shape[2])], dim=2)
+
+
+class TemporalNorm(nn.GroupNorm):
+    """GroupNorm of a video with statistics over the frames that `scope` names, computed in float32.
+
+    In a rollout, `cache` (temporal/cache.py) remembers the statistics of the frames so far.
+    Raises ValueError for an unknown scope.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, scope: str = "clip"):
+        super().__init__(groups, channels, eps)
+        if scope not in NORM_SCOPES:
+            raise ValueError(f"norm_scope is {scope!r}; it must be one of {', '.join(NORM_SCOPES)}")
+        self.scope = scope
+
+    def forward(self, x: Tensor, cache=None) -> Tensor:  # [B, C, T, H, W]
+        if self.scope == "clip" and cache is None:
+            return super().forward(x)
+        if self.scope == "frame":
+            frames = x.transpose(1, 2)  # [B, T, C, H, W]
+            return super().forward(frames.flatten(0, 1)).view_as(frames).transpose(1, 2)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.over_past(x.float(), cache)
+
+    def over_past(self, x: Tensor, cache) -> Tensor:
+        """Scope "past". With a cache, scope "clip" comes here too: the cache has no future to
+        offer."""
+        groups = x.unflatten(1, (self.num_groups, -1))  # [B, G, C/G, T, H, W]
+        mean = groups.mean((2, 4, 5))  # [B, G, T], of each frame alone
+        var = groups.var((2, 4, 5), correction=0)
+        if cache is None:
+            sees = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).tril()
+        else:
+            sees = cache.sees(x.device)
+            if remembered := cache.recall(self):
+                mean, var = (torch.cat(both, dim=-1)
+                             for both in zip(remembered, (mean, var), strict=True))
+            frames = cache.frames + cache.appended
+            cache.keep(self, mean[..., :frames], var[..., :frames])
+        mean, var = pool(mean, var, sees)  # [B, G, T], of all frames so far
+
+        # [G, C/G, 1]
+        weight, bias = (p.view(self.num_groups, -1, 1) for p in (self.weight, self.bias))
+        scale = (var + self.eps).rsqrt()[:, :, None] * weight  # [B, G, C/G, T]
+        shift = bias - mean[:, :, None] * scale
+        return (groups * scale[..., None, None] + shift[..., None, None]).flatten(1, 2)
+
+
+def pool(mean: Tensor, var: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
+    """From each frame's own mean and variance, [..., F], to those of all frames that frame t sees,
+    [..., T].
+
+    sees  bool [T, F]
+
+    The pooled variance is the mean of the variances plus the spread of the means around the pooled
+    mean.
+    """
+    share = sees / sees.sum(dim=1, keepdim=True)  # [T, F], equal weights
+    pooled = mean @ share.T  # [..., T]
+    spread = (mean[..., None, :] - pooled[..., None]).square()  # [..., T, F]
+    return pooled, ((var[..., None, :] + spread) * share).sum(-1)
+
+
+def demo() -> None:
+    """What every scope sees of a clip of four frames, and how far the last frame moves the earlier
+    ones."""
+    x = torch.tensor([1.0, 2, 3, 10]).view(1, 1, 4, 1, 1) + torch.tensor([-1.0, 1]).view(1, 1, 1, 1,
+                                                                                         2)
+    changed = x.clone()
+    changed[:, :, 3] += 100
+    print("scope    one pixel after the norm            moved when frame 3 changes")
+    for scope in NORM_SCOPES:
+        norm = TemporalNorm(1, 1, scope=scope)
+        before, after = norm(x)[0, 0, :, 0, 0], norm(changed)[0, 0, :, 0, 0]
+        moved = [t for t in range(4) if before[t] != after[t]]
+        print(f"{scope:8} {'  '.join(f'{value:6.3f}' for value in before.tolist())}    frames "
+              f"{moved}")
+    norm = TemporalNorm(1, 1, scope="past")
+    print("past against its definition: "
+          f"{(norm(x) - past_by_definition(nn.GroupNorm(1, 1), x)).abs().max():.1e}")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        demo()

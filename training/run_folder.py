@@ -1,0 +1,81 @@
+"""The folder of a training run: whether it may be written to, its settings, its log, its loss
+curve."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from errors import DataError
+from viewing.pictures import save_curves
+
+SETTINGS = "arguments.json"
+
+
+class Log:
+    """log.jsonl, one line per step, and loss.png. A resumed run keeps the lines up to the step it
+    starts from."""
+
+    def __init__(self, folder: Path, start: int):
+        self.path, self.picture = folder / "log.jsonl", folder / "loss.png"
+        lines = self.path.read_text().splitlines(keepends=True)[:start] if start else []
+        self.rows = [json.loads(line) for line in lines]
+        self.path.write_text("".join(lines))
+
+    def write(self, step: int, loss: float, val: float | None) -> None:
+        self.rows.append({"step": step, "loss": loss} | ({} if val is None else {"val": val}))
+        with open(self.path, "a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def summary(self) -> dict[str, str]:
+        recent = [row["loss"] for row in self.rows[-50:]]
+        vals = [row["val"] for row in self.rows if "val" in row]
+        return {"loss": f"{np.mean(recent):.4f}"} | ({"val": f"{vals[-1]:.4f}"} if vals else {})
+
+    def plot(self) -> None:
+        size = max(1, len(self.rows) // 200)  # steps per point: single steps are too noisy to read
+        blocks = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
+        means = [(block[-1]["step"], np.mean([row["loss"] for row in block])) for block in blocks]
+        held_out = [(row["step"], row["val"]) for row in self.rows if "val" in row]
+        save_curves(self.picture, {f"training, mean of {size}": means, "held out": held_out},
+                    "step")
+
+
+def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to resume what is no run, and to write over a run or other files; clear a run if told
+    to."""
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; --out names a folder")
+    content = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if resume:
+        if SETTINGS not in content:
+            raise DataError(f"there is no run in {out} to resume; --out names the folder of the "
+                            "run")
+        return
+    if not content:
+        return
+    if SETTINGS not in content:
+        raise DataError(f"{out} holds other files ({', '.join(content[:3])}, …); --out names a "
+                        "folder of its own")
+    if not overwrite:
+        raise DataError(f"{out} holds a run: --resume goes on with it, --overwrite starts anew, "
+                        "--out names "
+                        "another folder")
+    for pattern in ("*.pt", "*.partial", "*.png", "log.jsonl", SETTINGS):
+        for path in out.glob(pattern):
+            path.unlink()
+
+
+def read_settings(out: Path) -> dict:
+    """The settings of a run, by name. Raises DataError."""
+    try:
+        settings = json.loads((out / SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"there is no run in {out} to resume ({error})") from None
+    if not isinstance(settings, dict):
+        raise DataError(f"{out / SETTINGS} holds no settings")
+    return settings
+
+
+def write_settings(out: Path, settings: dict) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SETTINGS).write_text(json.dumps(settings, indent=1))

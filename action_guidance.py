@@ -4,21 +4,19 @@ A video model continues a clip by habit: it has seen many drawers close, so draw
 it, every frame learns which action led to it, as a vector added to that frame's noise-level
 embedding. And so that sampling can tell the action from the habit, training hides each frame's
 action now and then, independently of the others (p = 0.2). The network then knows two velocities
-for the newest frame, with and without its action, and the difference between them is what the
-action does:
+for the newest frame, with and without its action. Their difference is what the action does:
 
-    v = v_uncond + λ (v_cond - v_uncond)          λ = 1: as trained    λ > 1: the action, exaggerated
+    v = v_uncond + λ (v_cond - v_uncond)        λ = 1: as trained    λ > 1: the action, exaggerated
 
 Both see the same history with its actions; v_uncond hides the newest action alone:
 
-    frame       0  1  2  3         That is why dropout is independent per frame: a network that had only
-    v_cond      1  1  1  1         ever lost all actions of a clip at once would meet the mask of v_uncond
-    v_uncond    1  1  1  0         for the first time at inference.
+    frame       0  1  2  3        Hence dropout is independent per frame. A network that had only
+    v_cond      1  1  1  1        ever lost all actions of a clip at once would meet the mask of
+    v_uncond    1  1  1  0        v_uncond for the first time at inference.
 
 This is classifier-free guidance, per frame. The formula in the paper calls λ - 1 what its
 algorithm, its code and this file call λ. An action of zeros ("hold still") is not a hidden one: it
-goes through the layers of the embedding and adds what comes out, where a hidden action adds
-nothing.
+goes through the layers of the embedding and adds what comes out; a hidden action adds nothing.
 
     python action_guidance.py        shows both on numbers
 

@@ -4,21 +4,19 @@ At every pixel of the feature map the T frames form a short sequence, and each f
 what they know: that is how DynamiCrafter keeps a scene consistent. A world model keeps the question
 and forbids the answers from the future, with the mask of a language model:
 
-                 key frame                 Frame t attends to frames 0 .. t. No weight changes: a
-                                           softmax
-                 0  1  2  3                over fewer frames is still a softmax, so the pretrained queries,
-       query  0  ■                         keys and values mean what they meant before.
+                 key frame            Frame t attends to frames 0 .. t. No weight changes: a softmax
+                 0  1  2  3           over fewer frames is still a softmax, so pretrained queries,
+       query  0  ■                    keys and values mean what they meant before.
        frame  1  ■  ■
-              2  ■  ■  ■                   There is no positional encoding of time; order reaches the
-              3  ■  ■  ■  ■                network through the convolutions (causal_conv.py) alone.
+              2  ■  ■  ■              There is no positional encoding of time: order reaches the
+              3  ■  ■  ■  ■           network through the convolutions (causal_conv.py) alone.
 
 In a rollout the keys and values of finished frames are kept, as a language model keeps those of the
 words so far, and only the new frame asks (temporal/cache.py).
 
     python causal_attention.py        shows the weights with and without the mask
 
-Paper: section 4.1. The classes carry DynamiCrafter's parameter names, so its weights load as they
-are.
+Paper: section 4.1. The classes carry DynamiCrafter's parameter names: its weights load as they are.
 """
 import torch
 import torch.nn.functional as F
@@ -117,8 +115,8 @@ class TemporalTransformer(nn.Module):
         inner = heads * head_channels
         self.norm = TemporalNorm(32, channels, eps=1e-6, scope=norm_scope)
         self.proj_in = projection(channels, inner)
-        self.transformer_blocks = nn.ModuleList([TemporalBlock(inner, heads, head_channels,
-                                                               causal)])
+        block = TemporalBlock(inner, heads, head_channels, causal)
+        self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = zero_init(projection(inner, channels))
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]

@@ -13,14 +13,14 @@ So a kernel that is centred on its frame becomes one that ends at its frame:
 The new kernel sees one frame that the old one never saw (t-2), and loses one that the old one was
 trained to see (t+1). `transfer_weights` has four ways to fill in the question marks:
 
-    method          weight on t-2, t-1, t            what it keeps
-    mixed           w̄,   w₋₁,        w₀              weights in place; the unseen frame gets their mean w̄
-    shift           w₋₁, w₀,         w₊₁             every weight, each one frame late
-    masked          0,   w₋₁,        w₀              weights in place; the future is dropped
-    extrapolative   0,   w₋₁ - w₊₁,  w₀ + 2w₊₁       weights in place; the future is guessed by a line
+    method          weight on t-2, t-1, t        what it keeps
+    mixed           w̄,   w₋₁,        w₀          weights in place; t-2 gets the mean of the three, w̄
+    shift           w₋₁, w₀,         w₊₁         every weight, each one frame late
+    masked          0,   w₋₁,        w₀          weights in place; the future is dropped
+    extrapolative   0,   w₋₁ - w₊₁,  w₀ + 2w₊₁   weights in place; a line stands in for the future
 
 `mixed` is the default here and the first version of the paper (v1). `extrapolative` is its later
-version (v2, v3) and the one in the released checkpoints. No method adds, removes or renames a
+version (v2, v3) and that of the released checkpoints. No method adds, removes or renames a
 parameter.
 
     python causal_conv.py        shows the four on numbers

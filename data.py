@@ -4,14 +4,16 @@ An episode is what a robot saw and did: frames [T, H, W, 3] and, beside frame t,
 there. Training wants short clips from random places of random episodes, from data sets of a hundred
 gigabytes, without ever holding more than a few episodes in memory. Three steps lead there:
 
-    files on disk ──index──▶ where each episode lies and how long it is       (read once, then kept)
-                  ──Clips──▶ clip number i: an episode, a place in it, a few frames, decoded in workers
-                  ──order──▶ clips 0, 1, 2, … are the same in every run with the same seed, whatever the
-                             number of workers or processes
+    files on disk ──index──▶ where each episode lies and how long it is    (read once, then kept)
+                  ──Clips──▶ clip i: an episode, a place in it, a few frames, decoded in workers
+                  ──order──▶ clips 0, 1, 2, … are the same in every run with the same seed,
+                             whatever the number of workers or processes
 
 What a data set is stands in `DATA_SETS`: a new one of a known format is one entry. A file format is
 a module in `episodes/` with two functions, `index` and `read`: a new one is such a module and a row
 of `FORMATS`.
+
+Paper: appendix C.1.
 """
 import hashlib
 import re
@@ -215,10 +217,11 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
                         damaged=int((lengths < 0).sum()))
     if not len(episodes):
         longest = lengths.max(initial=0)
-        advice = f"; the longest has {longest}, so ask for clips of at most that" if longest > 0 else ""
+        advice = f"; the longest has {longest}, so ask for clips of at most that"
+        advice = advice if longest > 0 else ""
         raise DataError(f"no episode of {name} in {root} (split {split!r}) can be used: "
-                        f"{episodes.damaged} damaged, "
-                        f"{episodes.short} shorter than {min_length} frames{advice}")
+                        f"{episodes.damaged} damaged, {episodes.short} shorter than {min_length} "
+                        f"frames{advice}")
     return episodes
 
 
@@ -258,8 +261,8 @@ def split_mask(paths: list[Path], records: np.ndarray, held_out: int, split: str
 def fit_frames(frames: np.ndarray, height: int, width: int, how: str = "pad") -> np.ndarray:
     """Resize frames uint8 [T, H, W, 3] bilinearly to height × width, their aspect kept.
 
-    how  "pad"   the whole frame, and black beside it: how the published models saw RT-1, 256×320 as 320×400
-                 with 56 black columns on either side
+    how  "pad"   the whole frame, and black beside it: the published models saw RT-1, 256×320, as
+                 320×400 with 56 black columns on either side
          "crop"  as large as fills the picture; what stands over is cut off evenly
     """
     H, W = frames.shape[1:3]
@@ -313,7 +316,8 @@ class Clips(torch.utils.data.Dataset):
 
     def __init__(self, episodes: Episodes, frames: int, size: tuple[int, int], seed: int,
                  augment: bool = False):
-        self.episodes, self.frames, self.size, self.seed, self.augment = episodes, frames, size, seed, augment
+        self.episodes, self.frames, self.size = episodes, frames, size
+        self.seed, self.augment = seed, augment
         # every possible clip is equally likely
         self.ends = np.cumsum(episodes.lengths - frames + 1)
 

@@ -168,8 +168,8 @@ def demo() -> None:
     for clip in draw_levels((3, 16), torch.Generator().manual_seed(0)).tolist():
         print("  a training clip      ", "".join(str(k // 100) for k in clip))
     for k in (999, 499, 19):
-        print(f"  a rollout, k = {k:3}   ", "".join(str(n // 100)
-                                                    for n in rollout_levels(15, 39, k).tolist()))
+        digits = "".join(str(n // 100) for n in rollout_levels(15, 39, k).tolist())
+        print(f"  a rollout, k = {k:3}    {digits}")
     print("level       ᾱ   scale   signal-to-noise")
     for k in (19, 39, 499, 979, 999):
         alpha, scale = schedule.alphas_cumprod[k].item(), schedule.scale[k].item()

@@ -1,9 +1,8 @@
 """Post-training: from a passive video model to a world model.
 
-    python train.py --data rt1                                  (the bundled episodes and base, on a
-                                                                laptop)
+    python train.py --data rt1                            (what is bundled, on a laptop)
     python train.py --data rt1 --root /data/fractal20220817_data --base dynamicrafter_512.ckpt
-    torchrun --nproc_per_node=4 train.py --data rt1 …           (many GPUs, many machines)
+    torchrun --nproc_per_node=4 train.py --data rt1 …     (many GPUs, many machines)
 
 One step, which is `PostTraining.forward` below: encode a batch of clips; give every frame a noise
 level of its own; hide some of the actions; predict the velocity; compare. The U-Net and the
@@ -20,14 +19,11 @@ written once), arguments.json, log.jsonl, loss.png, and strips of imagined frame
 
 Paper: Algorithm 1; settings in B.3 and Table 3.
 """
-import argparse
-import json
-import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from action_guidance import align_actions, drop_actions
-from causal_conv import TRANSFER_METHODS
-from commands import command, option, parse
+from commands import command
 from data import (
     DATA_SETS,
     SAMPLES,
@@ -47,7 +42,6 @@ from data import (
     Episodes,
     collate,
     default_root,
-    fit_frames,
     open_episodes,
     random_frames,
     require_clips,
@@ -55,22 +49,11 @@ from data import (
 from diffusion_forcing import diffusion_forcing_loss, draw_levels
 from dynamicrafter.checkpoint import read_checkpoint
 from dynamicrafter.resampler import Resampler
-from errors import DataError, RequestError
-from model.saving import (
-    TINY_BASE,
-    TINY_SAMPLING,
-    from_dynamicrafter,
-    frozen_weights,
-    load_model,
-    preset_of,
-    readable_path,
-    save,
-    trained_weights,
-)
+from errors import DataError
+from model.memory import keep_freed_memory
+from model.sampling import TINY_SAMPLING
+from model.saving import TINY_BASE, from_dynamicrafter, load_model, readable_path
 from model.vid2world import PRESETS, Model, to_pixels
-from sample import WorldModel, rollout
-from temporal.norm import NORM_SCOPES
-from training.memory import keep_freed_memory
 from training.processes import (
     across_processes,
     ignore_signals,
@@ -78,74 +61,11 @@ from training.processes import (
     leave_processes,
     stop_on_signals,
 )
-from training.run_folder import Log, check_folder, read_settings, write_settings
+from training.recorder import Recorder
+from training.run_folder import check_folder, write_settings
+from training.settings import Settings, parse_arguments
 from training.tiny_autoencoder import fit_autoencoder
 from unet import UNet
-from viewing.pictures import save_strip
-from viewing.psnr import psnr
-
-
-@dataclass
-class Settings:
-    """Of a run. The defaults are the paper's; LAPTOP has those of a small model."""
-    data: str = option("rt1", "data set", choices=DATA_SETS)
-    root: str | None = option(None, "its folder, or one above it; if left out, datasets/ or else "
-                                    "what is bundled")
-    base: str | None = option(None, "passive model to start from: DynamiCrafter's checkpoint (512 "
-                                    "or 1024)")
-    scratch: bool = option(False, "start from random weights; with --base, keep the parts of it "
-                                  "that stay frozen")
-    passive: bool = option(False, "pretrain a passive model: bidirectional, no actions, one noise "
-                                  "level per clip")
-    transfer: str = option("mixed", "how temporal kernels become causal", choices=TRANSFER_METHODS)
-    norm_scope: str = option("frame", "frames that temporal norms see; clip is the paper's, and "
-                                      "leaks the future",
-                             choices=NORM_SCOPES)
-    frames: int = option(16, "frames per clip")
-    size: list[int] | None = option(None, "pixels; if left out, the model's", type=int, nargs=2,
-                                    metavar=("H", "W"))
-    out: str = option("runs/default", "run folder")
-    resume: bool = option(False, "go on with the run in --out, with its settings where none are "
-                                 "given")
-    overwrite: bool = option(False, "start anew in a folder that holds a run")
-    steps: int = option(100_000, "training steps")
-    batch: int = option(8, "clips per process and forward pass")
-    accumulate: int = option(1, "forward passes per step")
-    lr: float = option(1e-5, "learning rate")
-    warmup: int = option(100, "steps over which the learning rate rises")
-    cooldown: int = option(0, "steps at the end over which it falls to zero")
-    bf16: bool | None = option(None, "compute in bfloat16; if left out, where there is CUDA",
-                               type=bool)
-    checkpointing: bool = option(False, "recompute activations in the backward pass, to save "
-                                        "memory")
-    save_every: int = option(500, "steps between checkpoints")
-    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames")
-    seed: int = option(0, "of everything random")
-    set: list[str] | None = option(None, "other settings of the class Settings, such as "
-                                         "action_dropout=0", nargs="+")
-    # Settings without an option, for --set.
-    preset: str = "512"
-    clip_grad: float = 0.5
-    action_dropout: float = 0.2  # chance that a frame's action is hidden
-    image_dropout: float = 0.05  # chance that a clip's anchor image is blank
-    dropout: float | None = None  # of every layer that has one; None: the network's own
-    # vary colours and place of training clips; None: as the data set has it
-    augment: bool | None = None
-    shared_level: bool = False  # one noise level per clip: no diffusion forcing
-    # chance that a frame's level is of the lowest tenth: see `draw_levels`
-    clear_frames: float = 0.0
-    weighting: str = "velocity"  # of the loss: see `diffusion_forcing_loss`
-    autoencoder_steps: int = 1000  # without --base
-    val_every: int = 500  # steps between validation losses
-    val_clips: int = 16  # held-out clips in one of them
-    sample_every: int = 1000  # steps between strips of imagined frames
-
-
-# A small model on a laptop takes larger and fewer steps, and too few of them to see a picture in
-# many lights.
-LAPTOP = {"batch": 4, "lr": 1e-3, "steps": 500, "warmup": 50, "cooldown": 250, "save_every": 100,
-          "val_every": 100, "val_clips": 8, "sample_every": 100, "augment": False}
-
 
 # --------------------------------------------------------------------------------------------------
 # One step
@@ -214,32 +134,37 @@ def entropy(*numbers: int) -> int:
 # What a run starts from
 
 
-def open_data(settings: Settings, say) -> tuple[Clips, Episodes]:
-    """Clips to train on, and held-out episodes."""
+def prepare(settings: Settings, rank: int) -> tuple[Model, Clips, Episodes, dict | None]:
+    """The model, clips to train on, held-out episodes, and the checkpoint to go on from, if any."""
+    if rank == 0:
+        check_folder(Path(settings.out), settings.resume, settings.overwrite)
+    say = print if rank == 0 else lambda *words: None
     root = settings.root or default_root(settings.data)
     episodes, held_out = (open_episodes(settings.data, root, split, settings.frames)
                           for split in ("train", "val"))
     say(f"data: {settings.data} from {readable_path(root, SAMPLES)}: {len(episodes)} episodes to "
-        "train on, "
-        f"{len(held_out)} held out; left out: {episodes.short + held_out.short} shorter than "
-        f"{settings.frames} "
-        f"frames, {episodes.damaged + held_out.damaged} damaged")
+        f"train on, {len(held_out)} held out; left out: {episodes.short + held_out.short} shorter "
+        f"than {settings.frames} frames, {episodes.damaged + held_out.damaged} damaged")
+    base = readable_path(settings.base, TINY_BASE) if settings.base else "none, from scratch"
+    say(f"base: {base}")
+    model, saved = start_or_resume(settings, episodes, rank)
+    learning, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is learns)
+                        for learns in (True, False))
+    say(f"{learning / 1e6:.1f} M parameters learn, {frozen / 1e6:.1f} M are frozen"
+        + (f"; resuming {settings.out} at step {saved['step']}" if saved else ""))
     augment = episodes.dataset.augment if settings.augment is None else settings.augment
-    return Clips(episodes, settings.frames, tuple(settings.size), settings.seed, augment), held_out
+    clips = Clips(episodes, settings.frames, tuple(settings.size), settings.seed, augment)
+    return model, clips, held_out, saved
 
 
-def start_or_resume(settings: Settings, episodes: Episodes, rank: int, say) -> tuple[Model,
-                                                                                     dict | None]:
-    """The model, in which what learns requires grad, and the checkpoint that it was taken from, if
-    it was."""
+def start_or_resume(settings: Settings, episodes: Episodes, rank: int) -> tuple[Model, dict | None]:
+    """The model, in which what learns requires grad, and the checkpoint that holds it, if any."""
     out = Path(settings.out)
-    say(f"base: {readable_path(settings.base, TINY_BASE) if settings.base else 'none, from scratch'}")
     if settings.resume and (out / "checkpoint.pt").exists():
         saved = read_checkpoint(out / "checkpoint.pt")
         model = load_model(out)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in saved["weights"])
-        say(f"resuming {out} at step {saved['step']}")
     else:
         saved, model = None, build_model(settings)
         if rank == 0:
@@ -248,8 +173,7 @@ def start_or_resume(settings: Settings, episodes: Episodes, rank: int, say) -> t
             pretrain_autoencoder(model, episodes, settings)
     if not settings.passive and model.action_dim != episodes.dataset.action_dim:
         raise DataError(f"{settings.data} has actions of {episodes.dataset.action_dim} numbers, "
-                        "but the network in "
-                        f"{out} takes {model.action_dim}")
+                        f"but the network in {out} takes {model.action_dim}")
     model.unet.checkpointing = settings.checkpointing
     for layer in model.modules():
         if isinstance(layer, nn.Dropout) and settings.dropout is not None:
@@ -297,30 +221,26 @@ def train(settings: Settings) -> int:
     """Train until settings.steps or until a signal; returns the exit code."""
     keep_freed_memory()
     rank, processes, device = join_processes()
-    say = print if rank == 0 else lambda *words: None
-    if rank == 0:
-        check_folder(Path(settings.out), settings.resume, settings.overwrite)
-    clips, held_out = open_data(settings, say)
-    model, saved = start_or_resume(settings, clips.episodes, rank, say)
+    model, clips, held_out, saved = prepare(settings, rank)
+    start = saved["step"] if saved else 0
     model.to(device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, fused=True)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
     trainee = PostTraining(model, settings.bf16, settings.weighting)
-    # which also hands the weights of the first process, its autoencoder included, to the others
-    if processes > 1:
-        trainee = DistributedDataParallel(trainee, device_ids=[device.index]
-                                          if device.type == "cuda" else None)
-    start = saved["step"] if saved else 0
-    recorder = Recorder(settings, model, optimizer, held_out, start) if rank == 0 else None
-    say(f"{describe_size(model)}; {processes} process{'es' if processes > 1 else ''} on "
-        f"{device.type}")
+    if processes > 1:  # which also hands the first process's weights to the others
+        trainee = DistributedDataParallel(trainee, [device.index] if device.type == "cuda"
+                                          else None)
+    recorder = None
+    if rank == 0:
+        validation = partial(validate, model, held_out, settings)
+        recorder = Recorder(settings, model, optimizer, held_out, validation, start)
 
     stop = stop_on_signals()
     batches = load_batches(clips, settings, start, rank, processes)
-    for step in tqdm(range(start, settings.steps), initial=start, total=settings.steps, unit="step",
-                     disable=rank > 0):
+    steps = range(start, settings.steps)
+    for step in tqdm(steps, "training", settings.steps, initial=start, disable=rank > 0):
         torch.manual_seed(entropy(settings.seed, step, rank))  # for dropout
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         step_loss, damaged = 0.0, []
@@ -334,11 +254,10 @@ def train(settings: Settings) -> int:
             step_loss, damaged = step_loss + loss.item(), damaged + batch["damaged"]
         nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
         optimizer.step()
-        optimizer.zero_grad()  # frees the gradients before the next forward pass needs memory
+        optimizer.zero_grad()  # frees the gradients before the next forward pass needs the memory
         step_loss, stopping = across_processes(step_loss, bool(stop), device)
         if recorder:
-            recorder.record(step + 1, step_loss, damaged, last=stopping
-                            or step + 1 == settings.steps)
+            recorder.record(step + 1, step_loss, damaged, stopping or step + 1 == settings.steps)
         if stopping:
             break
     leave_processes()
@@ -368,94 +287,6 @@ def load_batches(clips: Clips, settings: Settings, start: int, rank: int,
                            worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available()))
 
 
-def describe_size(model: Model) -> str:
-    learning, frozen = (sum(p.numel() for p in model.parameters()
-                            if p.requires_grad is learns) / 1e6
-                        for learns in (True, False))
-    return f"{learning:.1f} M parameters learn, {frozen:.1f} M are frozen"
-
-
-class Recorder:
-    """What the first process does beside the steps: log, validation, checkpoints, strips of
-    imagined frames."""
-
-    def __init__(self, settings: Settings, model: Model, optimizer: torch.optim.Optimizer,
-                 held_out: Episodes,
-                 start: int):
-        self.settings, self.model, self.optimizer, self.held_out = settings, model, optimizer, held_out
-        self.out, self.start, self.began = Path(settings.out), start, time.monotonic()
-        self.damaged: set[str] = set()
-        if not (self.out / "checkpoint.pt").exists():
-            save(self.out / "frozen.pt", {"weights": frozen_weights(model)})
-            self.save_checkpoint(0)
-            self.save_strip(0)
-        self.log = Log(self.out, start)
-
-    def record(self, step: int, loss: float, damaged: list[str], last: bool) -> None:
-        settings = self.settings
-        for message in sorted(set(damaged) - self.damaged):
-            tqdm.write(f"skipped: {message}")
-        self.damaged |= set(damaged)
-        validating, saving, sampling = (last or step % every == 0 for every in (
-            settings.val_every, settings.save_every, settings.sample_every))
-        self.log.write(step, loss, validate(self.model, self.held_out, settings) if validating
-                       else None)
-        if saving:
-            self.save_checkpoint(step)
-            self.log.plot()
-        if sampling:
-            self.save_strip(step)
-        if step == self.start + 1:
-            self.began = time.monotonic()  # the first step is slower than the others
-        if step == self.start + 11:
-            self.announce_end(step, (time.monotonic() - self.began) / 10)
-
-    def announce_end(self, step: int, seconds: float) -> None:
-        left = (self.settings.steps - step) * seconds / 60
-        if left > 1:
-            tqdm.write(f"{seconds:.2f} s a step: about {left:.0f} minutes to go, strips not "
-                       "counted; --steps "
-                       f"{self.settings.steps // 4} takes a quarter of the time (Ctrl-C saves, "
-                       "--resume goes on)")
-
-    def save_checkpoint(self, step: int) -> None:
-        settings, model = self.settings, self.model
-        root = settings.root and str(Path(settings.root).resolve())
-        save(self.out / "checkpoint.pt", {
-            "config": asdict(model.config), "sampling": model.sampling,
-            "weights": trained_weights(model),
-            "frozen": "frozen.pt", "data": {"name": settings.data, "root": root},
-            "optimizer": self.optimizer.state_dict(), "step": step})
-
-    def save_strip(self, step: int) -> None:
-        """Roll out the start of a held-out episode, and put the frames under the true ones."""
-        if self.settings.passive:
-            return
-        episode = self.held_out[0]
-        try:
-            frames, actions = episode.read(0, self.settings.frames)
-        except DataError as error:  # one damaged episode does not end a run
-            return tqdm.write(f"no strip: {error}")
-        imagined = rollout(WorldModel(self.model), frames, actions[:-1])
-        self.model.train()
-        truth = fit_frames(frames, *self.settings.size, self.model.config.fit)
-        path = self.out / f"step_{step:07d}.png"
-        save_strip(path,
-                   {f"truth: {episode.name}": truth, f"imagined after {step} steps": imagined})
-        tqdm.write(f"step {step}: rollout at {psnr(imagined, truth)[1:].mean():.2f} dB, {path}")
-
-    def finish(self, stopped: bool) -> None:
-        summary = ", ".join(f"{name} {value}" for name,
-                            value in self.log.summary().items()) if self.log.rows else ""
-        print(f"{'stopped' if stopped else 'done'} at step {len(self.log.rows)}: {summary}, "
-              f"{len(self.damaged)} "
-              "damaged episodes skipped")
-        if stopped:
-            print(f"go on:  python train.py --resume --out {self.out}")
-        elif not self.settings.passive:
-            print(f"see it: python sample.py --checkpoint {self.out} --guidance 2.0")
-
-
 @torch.no_grad()
 def validate(model: Model, held_out: Episodes, settings: Settings) -> float:
     """Mean loss of the velocity on held-out clips: always the same clips, noise and levels, nothing
@@ -475,85 +306,6 @@ def validate(model: Model, held_out: Episodes, settings: Settings) -> float:
         losses += [loss] * len(numbers)
     model.train()
     return sum(losses) / len(losses)
-
-
-# --------------------------------------------------------------------------------------------------
-# The command
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
-    """Settings from the command line, on top of those of the run to resume, or of the kind of
-    model."""
-    peek = argparse.ArgumentParser(add_help=False)
-    for flag in ("--resume", "--scratch", "--passive"):
-        peek.add_argument(flag, action="store_true")
-    peek.add_argument("--base")
-    peek.add_argument("--out", default="runs/default")
-    known, _ = peek.parse_known_args(argv)
-    if known.resume:
-        names = {each.name for each in fields(Settings)} - {"resume", "overwrite", "set"}
-        defaults = {name: value for name, value in read_settings(Path(known.out)).items()
-                    if name in names}
-    else:
-        bundled = None if known.scratch or known.passive else str(TINY_BASE)
-        base = known.base or bundled
-        preset = preset_of(base) if base else "tiny"
-        defaults = {"base": base, "preset": preset} | (LAPTOP if preset == "tiny" else {})
-    return parse(Settings, "Post-train a world model on robot episodes.", argv, complete,
-                 **defaults)
-
-
-def complete(settings: Settings) -> None:
-    """Apply --set, fill in what is left out, and raise RequestError for what cannot be."""
-    for assignment in settings.set or []:
-        name, _, value = assignment.partition("=")
-        default = next((each.default for each in fields(Settings) if each.name == name
-                        and not each.metadata), ...)
-        if default is ...:
-            known = ", ".join(each.name for each in fields(Settings) if not each.metadata)
-            raise RequestError(f"--set knows no {name!r}; it knows {known}")
-        setattr(settings, name, convert(name, value, default))
-    if settings.preset not in PRESETS:
-        raise RequestError(f"preset is {settings.preset!r}; it must be one of {', '.join(PRESETS)}")
-    if not settings.base and settings.preset != "tiny":
-        raise RequestError(f"preset {settings.preset} starts from DynamiCrafter's checkpoint: "
-                           "name it with --base")
-    preset = PRESETS[settings.preset]
-    if not settings.size:
-        height, width = DATA_SETS[settings.data].aspect
-        settings.size = [64,
-                         64 * width // height] if settings.preset == "tiny" else list(preset.size)
-    settings.bf16 = torch.cuda.is_available() if settings.bf16 is None else settings.bf16
-    settings.shared_level = settings.shared_level or settings.passive
-    for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every",
-                 "val_clips",
-                 "sample_every"):
-        if getattr(settings, name) < 1:
-            raise RequestError(f"{name} is {getattr(settings, name)}; it must be at least 1")
-    if settings.workers < 0:
-        raise RequestError(f"workers is {settings.workers}; it must be at least 0")
-    multiple = preset.autoencoder.factor * 2 ** (len(preset.unet.channel_mult) - 1)
-    if any(side < 1 or side % multiple for side in settings.size):
-        raise RequestError(f"size is {settings.size}; height and width must be multiples of "
-                           f"{multiple}")
-    if not 2 <= settings.frames <= preset.unet.num_frames:
-        raise RequestError(f"frames is {settings.frames}; it must be between 2 and "
-                           f"{preset.unet.num_frames}")
-
-
-def convert(name: str, value: str, default: object) -> object:
-    """The value of a setting from its text, of the kind that its default has."""
-    if isinstance(default, str):
-        return value
-    try:
-        number = json.loads(value.lower())
-    except ValueError:
-        number = None
-    kinds = (int,) if type(default) is int else (int, float, bool)
-    if type(number) not in kinds:
-        raise RequestError(f"{name} is {value!r}; expected a "
-                           f"{'whole number' if kinds == (int,) else 'number'}")
-    return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,32 +4,33 @@ The network sees a clip of T frames, each at a noise level of its own, and predi
 velocity. Most of it is Stable Diffusion's image U-Net, which treats each frame as a picture of its
 own; in between sit the temporal layers, the only places where frames meet:
 
-    x, 8 channels: 4 noisy latents, 4 latents of the anchor (the clip's first frame, the same for
-    all frames)
+    x, 8 channels: 4 noisy latents, 4 latents of the anchor, the clip's first frame
      │
-    3×3 conv → temporal transformer                                          (`init_attn`)
+    3×3 conv → temporal layer                                      (`init_attn`)
      │
     levels down → middle → levels up, each level a few times:
-     │        ResBlock             3×3 convolutions per frame, then temporal convolutions   (causal_conv.py)
-     │        SpatialTransformer   self-attention within a frame, cross-attention to text and anchor image
-     │        TemporalLayer        attention across frames at every pixel                   (causal_attention.py)
+     │        ResBlock             3×3 convolutions per frame, then temporal ones (causal_conv.py)
+     │        SpatialTransformer   attention within a frame, and to the caption and anchor image
+     │        TemporalLayer        attention across frames at every pixel (causal_attention.py)
      │
     GroupNorm → SiLU → 3×3 conv → velocity, 4 channels
 
+In DynamiCrafter-512 the levels are 320, 640, 1280 and 1280 channels wide, on 40×64, 20×32, 10×16
+and 5×8 pixels; 22 residual blocks carry 88 temporal convolutions.
+
 Noise level, frame rate and action reach every ResBlock as one vector per frame. That the noise
-level is a vector
-*per frame* and not per clip is all that diffusion forcing asks of the network (diffusion_forcing.py);
-the action is added to it (action_guidance.py).
+level is a vector *per frame* is all that diffusion forcing asks of the network
+(diffusion_forcing.py); the action is added to it (action_guidance.py).
 
-`UNetConfig()` is DynamiCrafter-512 itself. `causal=True` makes it a world model; the parameters
-stay the same but for `action_emb_proj`. Names are DynamiCrafter's to the letter (its misspelt
-`temopral_conv` included), so loading is `load_state_dict` and nothing is renamed.
+`UNetConfig()` is DynamiCrafter-512 itself, and `causal=True` makes it a world model. Its parameters
+stay the same but for `action_emb_proj`, and have DynamiCrafter's names to the letter (its misspelt
+`temopral_conv` included): loading is `load_state_dict`, and nothing is renamed.
 
-Inside, frames ride in the batch dimension, [B·T, C, H, W]; only temporal layers unfold them. In
-DynamiCrafter-512 the levels are 320, 640, 1280, 1280 channels wide, on 40×64, 20×32, 10×16, 5×8
-pixels; 22 residual blocks carry 88 temporal convolutions.
+Frames ride in the batch dimension, [B·T, C, H, W]; only temporal layers unfold them.
 
     python unet.py        shows which outputs move when the last frame changes
+
+Paper: preliminaries 3, causalization 4.1, model B.2.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,8 +115,9 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Dropout(config.dropout),
             zero_init(nn.Conv2d(channels, channels, 3, padding=1)))
-        self.skip_connection = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in,
-                                                                                       channels, 1)
+        self.skip_connection = nn.Identity()
+        if channels_in != channels:
+            self.skip_connection = nn.Conv2d(channels_in, channels, 1)
         self.temopral_conv = TemporalConvBlock(channels, config.causal, config.norm_scope)
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:  # [B·T, C, H, W]
@@ -206,10 +208,10 @@ class UNet(nn.Module):
             return layers
 
         # Down. Every block's output is a skip connection, so remember how wide each is.
-        self.input_blocks = nn.ModuleList([nn.ModuleList([InputConv(config.in_channels, width, 3,
-                                                                    padding=1)])])
-        self.init_attn = nn.ModuleList([TemporalLayer(width, config, heads=8,
-                                                      projection=PointwiseConv1d)])
+        first = InputConv(config.in_channels, width, 3, padding=1)
+        self.input_blocks = nn.ModuleList([nn.ModuleList([first])])
+        temporal = TemporalLayer(width, config, heads=8, projection=PointwiseConv1d)
+        self.init_attn = nn.ModuleList([temporal])
         channels, skips = width, [width]
         for level, multiplier in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
@@ -251,7 +253,7 @@ class UNet(nn.Module):
         text         [B, 77, D]        the caption's tokens
         image        [B, T, L, D]      L tokens of the anchor image for each frame
         fps          [B]               frames per second; None means the config's default_fps
-        actions      [B, T, A]         the action that led to each frame (`align_actions`); None adds nothing
+        actions      [B, T, A]         the action that led to each frame; None adds nothing
         action_mask  [B, T]            1 keeps and 0 hides a frame's action; None keeps all
         cache                          memory of the frames before; x then holds only new ones
 
@@ -330,9 +332,8 @@ class UNet(nn.Module):
         factor = 2 ** (len(self.config.channel_mult) - 1)
         action_dim = self.config.action_dim or 0
         if C != self.config.in_channels or H % factor or W % factor:
-            raise ValueError(f"x is {list(x.shape)}; expected [B, T, {self.config.in_channels}, "
-                             "H, W] "
-                             f"with H and W multiples of {factor}")
+            raise ValueError(f"x is {list(x.shape)}; expected [B, T, {self.config.in_channels}, H, "
+                             f"W] with H and W multiples of {factor}")
         if k.shape not in [(B,), (B, T)]:
             raise ValueError(f"noise level k is {list(k.shape)}; expected [{B}] or [{B}, {T}]")
         if actions is not None and actions.shape != (B, T, action_dim):
@@ -414,24 +415,26 @@ def released_unet(checkpoint: dict[str, Tensor], config: UNetConfig, source: str
 # --------------------------------------------------------------------------------------------------
 
 
-def leaks(scope: str, frames: int = 4) -> list[float]:
-    """By what share of its norm each frame's output moves when only the last frame of the input
-    changes.
+LEAK_TEST = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, head_channels=16,
+                       context_dim=16)
 
-    The network is small, causal but for its norms of this scope, and its weights are random.
+
+def leaks(scope: str, frames: int = 4, config: UNetConfig = LEAK_TEST,
+          pixels: int = 8) -> list[float]:
+    """By what share of its norm each frame's output moves when only the last input frame changes.
+
+    The network is causal but for its norms of this scope. Its weights are random everywhere: the
+    zeros of a new network would hide a leak.
     """
     torch.manual_seed(0)
-    config = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, head_channels=16,
-                        context_dim=16,
-                        causal=True, norm_scope=scope)
-    network = UNet(config).eval()
-    # random everywhere: the zeros of a new network would hide a leak
+    network = UNet(replace(config, causal=True, norm_scope=scope)).eval()
     for weight in network.parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-    x, other = torch.randn(2, 1, frames, 8, 8, 8)
+    x, other = torch.randn(2, 1, frames, config.in_channels, pixels, pixels)
     other[:, :-1] = x[:, :-1]
-    k, text, image = torch.full((1,), 300), torch.randn(1, 77, 16), torch.randn(1, frames, 4, 16)
+    k, text = torch.full((1,), 300), torch.randn(1, 77, config.context_dim)
+    image = torch.randn(1, frames, 16, config.context_dim)
     before, after = (network(clip, k, text, image)[0].flatten(1) for clip in (x, other))
     return ((after - before).norm(dim=1) / before.norm(dim=1)).tolist()
 

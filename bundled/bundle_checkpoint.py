@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dynamicrafter.checkpoint import read_checkpoint
 from errors import CheckpointError
-from model.saving import PREFIXES, TINY_SAMPLING, by_our_names, load_model, save
+from model.sampling import TINY_SAMPLING
+from model.saving import PREFIXES, by_our_names, load_model, save
 
 
 def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """Record a small world: a simulated Sawyer arm at a drawer (Meta-World, rendered by MuJoCo), in
 RT-1's format.
 
-    pip install metaworld mujoco packaging            (and libosmesa6, Debian's name, to render
-                                                      without a screen)
+    pip install metaworld mujoco packaging     (and Debian's libosmesa6, to render off-screen)
     python -m bundled.record_drawer --world drawer --split train --episodes 1200 --out
     recorded/drawer python -m bundled.record_drawer --world drawer --split val --episodes 32 --out
     recorded/drawer python -m bundled.record_drawer --world others --split train --episodes 1200
@@ -16,8 +15,10 @@ model learns what actions do only if they are not habits: a scripted expert alwa
 drawer, and a network that knows this need not look at the action. So a quarter of the episodes each
 come from
 
-    expert   the scripted policy with strong smooth noise          pause    motion and stillness in turn
-    random   smooth noise alone                                    sweep    one direction at a time, at full speed
+    expert   the scripted policy with strong smooth noise
+    random   smooth noise alone
+    pause    motion and stillness in turn
+    sweep    one direction at a time, at full speed
 
 and in all but the expert's the gripper opens and closes at random.
 
@@ -122,13 +123,11 @@ class Simulator:
         """Where the fingertips are: position [3] in metres, and pixel [2] (x to the right, y down).
         """
         position = self.env.tcp_center
-        seen = self.env.data.cam_xmat[self.camera].reshape(3,
-                                                           3).T @ (position
-                                                                   - self.env.data.cam_xpos[
-                                                                       self.camera])
+        offset = position - self.env.data.cam_xpos[self.camera]
+        seen = self.env.data.cam_xmat[self.camera].reshape(3, 3).T @ offset
         focal = HEIGHT / 2 / np.tan(np.radians(self.env.model.cam_fovy[self.camera]) / 2)
-        upside_down = np.array([WIDTH, HEIGHT]) / 2 + focal * np.array([seen[0],
-                                                                        -seen[1]]) / -seen[2]
+        projected = np.array([seen[0], -seen[1]]) / -seen[2]
+        upside_down = np.array([WIDTH, HEIGHT]) / 2 + focal * projected
         return position, np.array([WIDTH, HEIGHT]) - upside_down
 
 
@@ -154,9 +153,10 @@ def plan(behaviour: str, rng: np.random.Generator) -> np.ndarray:
     if behaviour == "pause":
         motion *= held(rng, lambda: rng.integers(2), 2, 6)[:, None]
     if behaviour == "sweep":
-        motion = held(rng, lambda: rng.uniform(0.5, 1) * rng.choice([-1,
-                                                                     1]) * np.eye(3)[
-                                                                         rng.integers(3)], 3, 8)
+        def one_direction() -> np.ndarray:
+            return rng.uniform(0.5, 1) * rng.choice([-1, 1]) * np.eye(3)[rng.integers(3)]
+
+        motion = held(rng, one_direction, 3, 8)
     gripper = held(rng, lambda: rng.choice([-1.0, 1.0]), 4, 12)
     return np.concatenate([motion, gripper[:, None]], axis=1)
 
@@ -176,7 +176,7 @@ def record(simulator: Simulator, behaviour: str, rng: np.random.Generator) -> di
             action = np.append(action[:3] * turn, action[3])
         action = np.clip(action, -1, 1)
         position, pixel = simulator.gripper()
-        for name, value in zip(rows, (simulator.render(), action, position, pixel)):
+        for name, value in zip(rows, (simulator.render(), action, position, pixel), strict=True):
             rows[name].append(value)
         for _ in range(STEPS_PER_FRAME):
             simulator.advance(action)
@@ -216,7 +216,8 @@ def simulator_of(task: str) -> Simulator:
 
 def record_file(args: argparse.Namespace, files: int, number: int) -> int:
     """Record file `number` of `files`, unless it is there; returns how many episodes it holds."""
-    path = Path(args.out) / f"fractal20220817_data-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
+    name = f"fractal20220817_data-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
+    path = Path(args.out) / name
     episodes = range(number * args.per_file, min((number + 1) * args.per_file, args.episodes))
     if not path.exists():
         payloads = []

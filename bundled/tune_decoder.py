@@ -9,9 +9,9 @@ from pathlib import Path
 
 from data import open_episodes, random_frames
 from dynamicrafter.checkpoint import read_checkpoint
+from model.memory import keep_freed_memory
 from model.saving import load_model, save
 from model.vid2world import to_pixels
-from training.memory import keep_freed_memory
 from training.run_folder import read_settings
 from training.tiny_autoencoder import fit_autoencoder
 

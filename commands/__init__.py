@@ -54,10 +54,10 @@ def add_option(parser: argparse.ArgumentParser, setting: Field, default: object)
     words = dict(setting.metadata["words"])
     kind = setting.metadata["type"] or (str if setting.default is None else type(setting.default))
     if kind is bool:
-        words["action"] = argparse.BooleanOptionalAction if setting.default is None else "store_true"
+        either = setting.default is None  # --name, --no-name, or left out
+        words["action"] = argparse.BooleanOptionalAction if either else "store_true"
     elif "choices" not in words:
-        words |= {"type": kind, "metavar": words.get("metavar",
-                                                     {int: "N", float: "X", str: "NAME"}[kind])}
+        words = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]} | words
     shown = "" if default is None or kind is bool else f" (default: {default})"
     parser.add_argument(f"--{setting.name.replace('_', '-')}", default=default,
                         help=(setting.metadata["help"] + shown).replace("%", "%%"), **words)

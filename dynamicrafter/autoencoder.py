@@ -160,9 +160,8 @@ class Autoencoder(nn.Module):
         noise  standard Gaussian, shaped like the latents, to sample the posterior (training); None
                takes its mean
         """
-        mean, log_variance = self.moments(pixels.flatten(0, 1)).unflatten(0,
-                                                                          pixels.shape[:2]).chunk(2,
-                                                                                                  dim=2)
+        moments = self.moments(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        mean, log_variance = moments.chunk(2, dim=2)  # [B, T, C, h, w]
         if noise is not None:
             mean = mean + noise * (0.5 * log_variance.clamp(-30, 20)).exp()
         return mean * self.config.latent_scale

@@ -75,7 +75,8 @@ def explain_other_format(path: Path, start: bytes) -> str:
     if not start:
         return f"{path} is empty: fetch it again"
     if start[:1] == b"\x80":  # a pickle without an archive around it: PyTorch before 1.6
-        return f"{path} is of PyTorch's old format or a bare pickle: load it with torch and save it again"
+        return (f"{path} is of PyTorch's old format or a bare pickle: load it with torch and save "
+                "it again")
     if start.startswith(b"version h"):
         return f"{path} is a Git LFS pointer and not the file it stands for: run `git lfs pull`"
     return f"{path} is no PyTorch checkpoint and no .safetensors file"
@@ -189,8 +190,8 @@ def read_lightning(path: str | Path) -> dict[str, Tensor]:
         weights = select(weights, wrappers.pop())
     if any(name.endswith("attn2.alpha") or "framestride_embed" in name for name in weights):
         raise CheckpointError(f"{path} is DynamiCrafter-256, which predicts noise in place of "
-                              "velocity and weighs its "
-                              "image attention; use the 512 or the 1024 model")
+                              "velocity and weighs its image attention; use the 512 or the 1024 "
+                              "model")
     return weights
 
 

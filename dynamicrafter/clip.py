@@ -91,10 +91,9 @@ class TextTower(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.context_length,
-                                                             config.width) * 0.01)
-        self.text_projection = nn.Parameter(torch.randn(config.width,
-                                                        config.output_dim) * config.width**-0.5)
+        length, width = config.context_length, config.width
+        self.positional_embedding = nn.Parameter(torch.randn(length, width) * 0.01)
+        self.text_projection = nn.Parameter(torch.randn(width, config.output_dim) * width**-0.5)
         self.transformer = Transformer(config.width, config.heads, config.layers)
         self.ln_final = nn.LayerNorm(config.width)
 
@@ -138,8 +137,8 @@ def blur(image: Tensor, axis: int, factor: float) -> Tensor:
     offsets = torch.arange(taps, device=image.device) - taps // 2
     kernel = (-(offsets**2) / (2 * sigma**2)).exp()
     kernel = kernel / kernel.sum()
-    pad, shape = ((0, 0, taps // 2, taps // 2), (taps, 1)) if axis == 2 else ((taps // 2, taps // 2,
-                                                                               0, 0), (1, taps))
+    side = taps // 2
+    pad, shape = ((0, 0, side, side), (taps, 1)) if axis == 2 else ((side, side, 0, 0), (1, taps))
     weight = kernel.view(1, 1, *shape).expand(image.shape[1], 1, *shape)
     return F.conv2d(F.pad(image, pad, mode="reflect"), weight, groups=image.shape[1])
 

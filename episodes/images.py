@@ -22,8 +22,8 @@ def decode(image: bytes | memoryview | np.ndarray) -> np.ndarray:
         if picture.width * picture.height > LARGEST:
             raise DataError(f"a frame has {picture.width}×{picture.height} pixels")
         if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 8
-            picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0,
-                                                                                       255).astype(np.uint8))
+            eight_bits = np.asarray(picture).astype(np.int64) >> 8
+            picture = Image.fromarray(eight_bits.clip(0, 255).astype(np.uint8))
         return np.asarray(picture.convert("RGB"))
     except DataError:
         raise

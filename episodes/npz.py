@@ -14,8 +14,8 @@ from errors import DataError
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def index(path: Path, image: str, actions: tuple[tuple[str, int], ...]) -> list[tuple[int, int,
-                                                                                      int]]:
+def index(path: Path, image: str, actions: tuple[tuple[str, int], ...]
+          ) -> list[tuple[int, int, int]]:
     """One row, (0, size, frames), from the arrays' headers alone; frames is -1 if the file is
     damaged.
 
@@ -27,19 +27,18 @@ def index(path: Path, image: str, actions: tuple[tuple[str, int], ...]) -> list[
     try:
         with ZipFile(path) as archive:
             missing = {"image.npy", "action.npy"} - set(archive.namelist())
-            images, taken = (None, None) if missing else (shape_of(archive, name)
-                                                          for name in ("image", "action"))
+            if not missing:
+                images, taken = shape_of(archive, "image"), shape_of(archive, "action")
     except Exception:
         return [(0, size, -1)]
     if missing:
         raise DataError(f"{path} has no {' and no '.join(sorted(m[:-4] for m in missing))}: "
-                        "expected image "
-                        "[T, H, W, 3] and action [T, A]")
+                        "expected image [T, H, W, 3] and action [T, A]")
     if not images or not taken:
         return [(0, size, -1)]
     if len(taken) == 2 and taken[1] != width:
-        raise DataError(f"{path} does not hold this data set: its actions have {taken[1]} "
-                        f"numbers, not {width}")
+        raise DataError(f"{path} does not hold this data set: its actions have {taken[1]} numbers, "
+                        f"not {width}")
     return [(0, size, images[0])]
 
 

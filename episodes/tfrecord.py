@@ -2,7 +2,9 @@
 
 A shard is a row of records, each framed by its length and two checksums:
 
-    length (uint64) │ CRC of the length │ payload │ CRC of the payload         all little-endian, CRC-32C, "masked"
+    length (uint64) │ CRC of the length │ payload │ CRC of the payload
+
+all little-endian, the checksums "masked" CRC-32C (episodes/crc32c.py).
 
 A payload is a protocol buffer, Example{Features{map<name, Feature>}}, and a Feature one list, of
 byte strings, floats or integers. An episode of a robot data set (RLDS) is one Example: feature
@@ -99,8 +101,8 @@ def walk_records(path: Path) -> Iterator[tuple[int, int, memoryview]]:
     while position < size:
         header = bytes(shard[position : position + 12])
         if len(header) == 12 and masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
-            raise DataError(f"{path} is damaged: the length of the record at byte {position} "
-                            "fails its checksum; fetch it again")
+            raise DataError(f"{path} is damaged: the length of the record at byte {position} fails "
+                            "its checksum; fetch it again")
         length = int.from_bytes(header[:8], "little")
         if len(header) < 12 or position + 16 + length > size:
             raise DataError(f"{path} is truncated: the record at byte {position} ends after the "
@@ -142,8 +144,9 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         if wire == 0:
             value, position = varint(message, position)
         elif wire in (1, 2, 5):
-            size, position = varint(message, position) if wire == 2 else ({1: 8, 5: 4}[wire],
-                                                                          position)
+            size = {1: 8, 5: 4}.get(wire)
+            if wire == 2:
+                size, position = varint(message, position)
             value, position = message[position : position + size], position + size
             if position > len(message):
                 raise DataError("its message is cut short")
@@ -180,8 +183,8 @@ def parse_example(message: memoryview) -> dict[str, memoryview]:
     for _, features in parts(message):
         for _, entry in parts(features):
             entry = dict(parts(entry))  # 1: the name, 2: the feature
-            example[bytes(entry.get(1, b"")).decode("utf-8", "replace")] = entry.get(2,
-                                                                                     memoryview(b""))
+            name = bytes(entry.get(1, b"")).decode("utf-8", "replace")
+            example[name] = entry.get(2, memoryview(b""))
     return example
 
 
@@ -232,11 +235,10 @@ def encode_example(features: Mapping[str, Sequence[bytes] | np.ndarray]) -> byte
         elif values.dtype.kind == "f":
             kind, encoded = 2, encode_field(1, values.astype("<f4").tobytes())
         else:
-            kind, encoded = 3, encode_field(1, b"".join(encode_varint(int(value) % 2**64)
-                                                        for value in values.ravel()))
-        entries.append(encode_field(1, encode_field(1, name.encode()) + encode_field(2,
-                                                                                     encode_field(
-                                                                                         kind, encoded))))
+            numbers = b"".join(encode_varint(int(value) % 2**64) for value in values.ravel())
+            kind, encoded = 3, encode_field(1, numbers)
+        feature = encode_field(2, encode_field(kind, encoded))
+        entries.append(encode_field(1, encode_field(1, name.encode()) + feature))
     return encode_field(1, b"".join(entries))
 
 

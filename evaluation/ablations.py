@@ -26,8 +26,9 @@ import train
 from commands import command, option, parse
 from errors import DataError
 from evaluation.evaluate import WorldSettings, evaluate, open_held_out
-from model.saving import TINY_BASE
+from model.saving import TINY_BASE, preset_of
 from sample import load_world
+from training import settings as training
 from viewing.pictures import save_curves
 
 VARIANTS = {  # name -> settings of train.py
@@ -86,21 +87,21 @@ def complete(settings: Settings) -> None:
 def post_train(run: Path, variant: str, seed: int, settings: Settings) -> dict[int, float]:
     """Train this variant, or the rest of it; held-out loss by step."""
     every = max(1, settings.steps // 5)
-    chosen = train.Settings(
+    chosen = training.Settings(
         data=settings.data, root=settings.root, base=settings.base,
-        preset=train.preset_of(settings.base), out=str(run),
+        preset=preset_of(settings.base), out=str(run),
         resume=(run / "checkpoint.pt").exists(), overwrite=True, steps=settings.steps,
         batch=settings.batch,
         frames=settings.frames, warmup=min(50, settings.steps // 4), cooldown=settings.cooldown,
         val_every=every,
         val_clips=settings.val_clips, save_every=every, sample_every=10**9, dropout=0.0,
         augment=False, seed=seed,
-        workers=settings.workers, bf16=settings.bf16, lr=train.LAPTOP["lr"])
+        workers=settings.workers, bf16=settings.bf16, lr=training.LAPTOP["lr"])
     chosen = replace(chosen, **VARIANTS[variant])
-    train.complete(chosen)
+    training.complete(chosen)
     if train.train(chosen):
-        raise DataError(f"post-training {variant!r} was interrupted; the same command goes on "
-                        "with it")
+        raise DataError(f"post-training {variant!r} was interrupted; the same command goes on with "
+                        "it")
     rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     return {row["step"]: row["val"] for row in rows if "val" in row}
 

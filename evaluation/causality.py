@@ -1,33 +1,45 @@
 """How much of the future reaches the past, by norm scope: python -m evaluation.causality
 
 A causal U-Net with random weights sees 8 frames, and then the same with another last frame. Printed
-is how far the outputs of the earlier frames moved, relative to their norm. It should be nothing.
+is how far the outputs of the earlier frames move, relative to their norm. It should be nothing.
 """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
-from torch import nn
 
-from unet import UNet, UNetConfig
+from commands import command, option, parse
+from temporal.norm import NORM_SCOPES
+from unet import UNetConfig, leaks
+from viewing.pictures import save_grid
+
+SIZE = UNetConfig(model_channels=64, channel_mult=(1, 2, 4), head_channels=32, context_dim=64)
 
 
-@torch.no_grad()
-def leak(scope: str) -> float:
-    """Largest relative move of an earlier frame's output."""
-    torch.manual_seed(0)
-    network = UNet(UNetConfig(model_channels=64, channel_mult=(1, 2, 4), head_channels=32,
-                              context_dim=64, causal=True,
-                              norm_scope=scope)).eval()
-    # random everywhere: a new network's zeros would hide a leak
-    for name, w in network.named_parameters():
-        if w.ndim > 1:
-            nn.init.normal_(w, std=w[0].numel() ** -0.5)
-    x, other = torch.randn(2, 1, 8, 8, 16, 16)
-    other[:, :-1] = x[:, :-1]
-    k, text, image = torch.full((1,), 300), torch.randn(1, 77, 64), torch.randn(1, 8, 16, 64)
-    before, after = (network(clip, k, text, image)[0, :-1].flatten(1) for clip in (x, other))
-    return ((after - before).norm(dim=1) / before.norm(dim=1)).max().item()
+@dataclass
+class Settings:
+    frames: int = option(8, "in the clip")
+    out: str = option("evaluations/causality", "folder for the picture")
+
+
+def run(settings: Settings) -> None:
+    moves = {}
+    with torch.no_grad():
+        for scope in NORM_SCOPES:
+            moves[scope] = [100 * share for share in leaks(scope, settings.frames, SIZE,
+                                                           pixels=16)[:-1]]
+            print(f"norms over {scope:5}  the last frame moves earlier outputs by up to "
+                  f"{max(moves[scope]):.2f} %")
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_grid(out / "causality.png", moves, " %", "frame")
+    print(f"picture: {out}/causality.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command("causality", lambda: run(parse(Settings, "Measure the leak.", argv)))
 
 
 if __name__ == "__main__":
-    for scope in ("clip", "past", "frame"):
-        print(f"norms over {scope:5s}  the last frame moves earlier outputs by up to "
-              f"{100 * leak(scope):.2f} %")
+    sys.exit(main())

@@ -56,8 +56,8 @@ class GripperReader(nn.Module):
         where = self.layers(pixels)[:, 0]  # [N, H/4, W/4]
         N, h, w = where.shape
         where = where.flatten(1).softmax(dim=1).view(N, h, w)
-        x, y = 4 * torch.arange(w, device=where.device) + 2, 4 * torch.arange(h,
-                                                                              device=where.device) + 2
+        x = 4 * torch.arange(w, device=where.device) + 2
+        y = 4 * torch.arange(h, device=where.device) + 2
         return torch.stack([(where.sum(1) * x).sum(1), (where.sum(2) * y).sum(1)], dim=1)
 
     @torch.no_grad()
@@ -175,20 +175,18 @@ class Settings(WorldSettings):
 def run(settings: Settings) -> None:
     world = load_world(settings.checkpoint or TINY_WORLD, steps=settings.steps, eta=settings.eta,
                        seed=settings.seed)
-    episodes, training = open_held_out(settings, world), open_episodes(settings.data, settings.root,
-                                                                       "train")
+    episodes = open_held_out(settings, world)
+    training = open_episodes(settings.data, settings.root, "train")
     if training.dataset.action_dim != WORLD_VECTOR.stop:
         raise DataError(f"controllability is measured on the drawer's episodes; {settings.data} "
-                        "does not say where "
-                        "the gripper is")
+                        "does not say where the gripper is")
     reader = train_reader(training)
     frames, places = recorded(episodes)
     with torch.no_grad():
         errors = (reader(frames) - places).norm(dim=1)
     print(f"gripper reader: trained on {len(training)} recorded episodes, off by "
-          f"{errors.mean():.2f} pixels (median "
-          f"{errors.median():.2f}) on {len(episodes)} held-out ones; {world.sampling.steps} steps, "
-          f"η {world.sampling.eta:g}")
+          f"{errors.mean():.2f} pixels (median {errors.median():.2f}) on {len(episodes)} held-out "
+          f"ones; {world.sampling.steps} steps, η {world.sampling.eta:g}")
     starts, axes = central_frames(episodes), directions(training)
     truth = np.stack([episodes[i].feature(PIXEL)[: settings.frames] for i in range(len(episodes))])
     batches = read_batches(episodes, settings.frames, settings.batch, world.model.config)
@@ -213,7 +211,7 @@ def run(settings: Settings) -> None:
                 swept = sweep(world, starts, settings.batch)
                 right = right_side(swept, reader, axes)
                 save_strip(out / f"sweeps_guidance{guidance:g}.png",
-                           {name: video[0] for name, video in swept.items()})
+                           {name: video[0] for name, video in swept.items()}, columns=9)
                 cells += [f"{other:.2f}", f"{other_psnr:.2f}",
                           f"{np.mean(right):.1f}"] + [f"{r:.0f}" for r in right]
             print(f"| {' | '.join(cells)} |", flush=True)
@@ -223,8 +221,8 @@ def run(settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command("controllability", lambda: run(parse(Settings, "Measure controllability.",
-                                                        argv)))
+    description = "Measure controllability."
+    return command("controllability", lambda: run(parse(Settings, description, argv)))
 
 
 if __name__ == "__main__":

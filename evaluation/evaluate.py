@@ -1,11 +1,9 @@
 """How well a world model predicts held-out episodes, by the paper's metrics.
 
-    python -m evaluation.evaluate                                         (the bundled world, in a
-                                                                          few minutes)
-    torchrun --nproc_per_node=4 -m evaluation.evaluate --data rt1 --root /data/fractal20220817_data
-    \\
-        --checkpoint runs/rt1 --episodes 1024 --inception inception-2015-12-05.pt --lpips vgg16.pt \\
-        --i3d i3d_torchscript.pt
+    python -m evaluation.evaluate               (the bundled world, in a few minutes)
+    torchrun --nproc_per_node=4 -m evaluation.evaluate --root /data/fractal20220817_data \\
+        --checkpoint runs/rt1 --episodes 1024 --inception inception-2015-12-05.pt \\
+        --lpips vgg16.pt --i3d i3d_torchscript.pt
 
 Every episode's first frames are given, the rest is imagined from its actions, and what was imagined
 is compared with what happened (evaluation/metrics.py). The baseline beside it is the PSNR of
@@ -91,8 +89,8 @@ class Tally:
         for name, row in other.sums.items():
             self.sums[name] = self.sums.get(name, 0) + row
         for name, crowd in other.crowds.items():
-            self.crowds.setdefault(name, Statistics(len(crowd.mean))).merge(crowd.count, crowd.mean,
-                                                                            crowd.scatter)
+            ours = self.crowds.setdefault(name, Statistics(len(crowd.mean)))
+            ours.merge(crowd.count, crowd.mean, crowd.scatter)
 
     def state(self) -> dict:
         return {"batches": self.batches, "episodes": self.episodes,
@@ -119,8 +117,8 @@ def read_batches(episodes: Episodes, frames: int, batch: int, config: ModelConfi
     numbers  which of the batches; None means all
     """
     for b in range(-(-len(episodes) // batch)) if numbers is None else numbers:
-        read = [episodes[i].read(0, frames) for i in range(b * batch,
-                                                           min((b + 1) * batch, len(episodes)))]
+        chosen = range(b * batch, min((b + 1) * batch, len(episodes)))
+        read = [episodes[i].read(0, frames) for i in chosen]
         clips, actions = zip(*read, strict=True)
         yield np.stack([fit_frames(clip, *config.size, config.fit)
                         for clip in clips]), np.stack(actions)
@@ -152,8 +150,8 @@ def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarr
         tally.add({"lpips": (ours - theirs).square().sum(dim=1).view(B, T).double().cpu().numpy()})
     for whose, clips in (("imagined", imagined), ("true", truth)):
         if "fid" in networks:
-            tally.add_features(f"fid, {whose}", networks["fid"](clips.reshape(B * T,
-                                                                              *clips.shape[2:])))
+            pictures = clips.reshape(B * T, *clips.shape[2:])
+            tally.add_features(f"fid, {whose}", networks["fid"](pictures))
         if "fvd" in networks:
             tally.add_features(f"fvd, {whose}", networks["fvd"](clips))
     tally.episodes += B
@@ -194,12 +192,10 @@ def open_held_out(settings: WorldSettings, world: WorldModel) -> Episodes:
     number = len(episodes) if settings.episodes is None else settings.episodes
     if not 1 <= number <= len(episodes):
         raise DataError(f"{number} episodes were asked for, but {len(episodes)} of at least "
-                        f"{settings.frames} frames "
-                        "are held out")
+                        f"{settings.frames} frames are held out")
     if world.model.action_dim != episodes.dataset.action_dim:
         raise DataError(f"{settings.data} has actions of {episodes.dataset.action_dim} numbers, "
-                        "but this model takes "
-                        f"{world.model.action_dim}")
+                        f"but this model takes {world.model.action_dim}")
     return episodes.where(np.arange(number))
 
 
@@ -237,8 +233,7 @@ def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> No
                                             tally.crowds[f"{name}, true"])
     together = "all frames together, " if settings.nar else ""
     lines = [f"{tally.episodes} held-out episodes of {settings.data}, {settings.frames} frames, "
-             f"{settings.context} "
-             f"given; {together}{world.sampling}", "", "| metric | value | |",
+             f"{settings.context} given; {together}{world.sampling}", "", "| metric | value | |",
              "| --- | --- | --- |"]
     for name, better in BETTER.items():
         value = f"{result[name]:.3f} | {better}" if name in result else f"absent | {reasons[name]}"

@@ -10,8 +10,8 @@
 The last three need a network that others trained, as TorchScript, in the form that the community
 measures with:
 
-    --inception  inception-2015-12-05.pt   nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/
-    --lpips      vgg16.pt                  the same place
+    --inception  inception-2015-12-05.pt  nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/
+    --lpips      vgg16.pt                  the same place (below metrics/, as the first)
     --i3d        i3d_torchscript.pt        www.dropbox.com/s/ge9e5ujwgetktms (StyleGAN-V's)
 
 They run in evaluation mode, always: a batch norm that still learns makes a sample's features depend
@@ -51,9 +51,11 @@ def ssim(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
     def local_mean(x: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(x, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
 
-    x, y = (torch.from_numpy(pictures).double().movedim(-1, -3).reshape(-1, 1,
-                                                                        *pictures.shape[-3:-1])
-            for pictures in (frames, truth))
+    def planes(pictures: np.ndarray) -> Tensor:  # one colour of one picture each, [N·3, 1, H, W]
+        colours_first = torch.from_numpy(pictures).double().movedim(-1, -3)
+        return colours_first.reshape(-1, 1, *pictures.shape[-3:-1])
+
+    x, y = planes(frames), planes(truth)
     mean_x, mean_y = local_mean(x), local_mean(y)
     var_x, var_y = local_mean(x**2) - mean_x**2, local_mean(y**2) - mean_y**2
     covariance = local_mean(x * y) - mean_x * mean_y
@@ -85,8 +87,8 @@ class Statistics:
         """Take in what another crowd amounts to (Chan et al. 1979): its scatter, and the scatter
         between the two means."""
         apart, total = mean - self.mean, self.count + count
-        self.scatter = self.scatter + scatter + torch.outer(apart,
-                                                            apart) * (self.count * count / total)
+        between = torch.outer(apart, apart) * (self.count * count / total)
+        self.scatter = self.scatter + scatter + between
         self.mean = self.mean + apart * (count / total)
         self.count = total
 
@@ -139,8 +141,9 @@ class FeatureNetwork:
             raise MetricError(f"{self.path} cannot be asked as {self.name}: "
                               f"{str(error).strip().splitlines()[-1]}") from None
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(pictures):
-            shape = list(features.shape) if isinstance(features,
-                                                       Tensor) else type(features).__name__
+            shape = type(features).__name__
+            if isinstance(features, Tensor):
+                shape = list(features.shape)
             raise MetricError(f"{self.path} gives {shape} for {len(pictures)} inputs; expected "
                               f"[{len(pictures)}, features] of {self.name}")
         return features.float()

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from causal_attention import attend_plainly
 from commands import command, option, parse
+from model.memory import keep_freed_memory
 from model.vid2world import PRESETS, Model
 from sample import WorldModel
-from training.memory import keep_freed_memory
 from unet import UNet, UNetConfig
 from viewing.pictures import save_curves
 
@@ -59,9 +59,9 @@ def seconds(device: torch.device, work) -> float:
 def memory(device: torch.device) -> float:
     """Peak memory in GB: of the device since its statistics were reset, or of this process since it
     began."""
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak / 1e9
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def time_frames(model: Model, modes: dict[str, bool], frames: int,
@@ -100,8 +100,8 @@ def time_training(unet: UNet, latents: tuple[int, int], batch: int, rounds: int,
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = unet(*inputs, actions=torch.zeros(batch, T, config.action_dim,
-                                                     device=device)).square().mean()
+            actions = torch.zeros(batch, T, config.action_dim, device=device)
+            loss = unet(*inputs, actions=actions).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -114,18 +114,19 @@ def time_training(unet: UNet, latents: tuple[int, int], batch: int, rounds: int,
 
 def measure(settings: "Settings") -> None:
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     keep_freed_memory()
     model = build(settings.size, settings.norm_scope, device).eval()
     print(f"{settings.size}, a U-Net of "
           f"{sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, on {name}; "
-          "norms over "
-          f"{settings.norm_scope}, {settings.steps} steps, guidance {settings.guidance:g}")
+          f"norms over {settings.norm_scope}, {settings.steps} steps, guidance "
+          f"{settings.guidance:g}")
 
     times = time_frames(model, {"streaming": True, "recomputing": False}, settings.frames - 1,
                         settings)
     print("\n| frame | streaming (s) | recomputing (s) | ratio |\n| --- | --- | --- | --- |")
-    for t, (a, b) in enumerate(zip(times["streaming"], times["recomputing"]), start=2):
+    for t, (a, b) in enumerate(zip(times["streaming"], times["recomputing"], strict=True), start=2):
         print(f"| {t} | {a:.3f} | {b:.3f} | {b / a:.1f} |")
     total = [sum(times[mode]) for mode in times]
     print(f"\nrollout of {settings.frames} frames: {total[0]:.2f} s streaming, {total[1]:.2f} s "
@@ -147,9 +148,9 @@ def measure(settings: "Settings") -> None:
     if settings.long:
         long = time_frames(model, {"streaming": True}, settings.long, settings)["streaming"]
         early, late = (np.mean(long[t - window : t + window]) for t in (20, settings.long - window))
-        print(f"streaming, mean of two windows: {early:.3f} s around frame 20, {late:.3f} s "
-              f"around frame {settings.long - window}, "
-              f"ratio {late / early:.3f}; peak memory {memory(device):.2f} GB")
+        print(f"streaming, mean of two windows: {early:.3f} s around frame 20, {late:.3f} s around "
+              f"frame {settings.long - window}, ratio {late / early:.3f}; peak memory "
+              f"{memory(device):.2f} GB")
 
     latents = model.latent_shape[1:]
     unet = model.unet.train()
@@ -164,8 +165,7 @@ def measure(settings: "Settings") -> None:
             words = ", recomputing activations" if checkpointing else ""
             print(f"training step, {settings.batch} clips of 16 frames{words}: {took:.2f} s, "
                   f"{settings.batch / took:.2f} clips/s, {operations / took / 1e12:.2f} "
-                  f"TFLOP/s{share}, peak memory "
-                  f"{memory(device):.2f} GB")
+                  f"TFLOP/s{share}, peak memory {memory(device):.2f} GB")
 
 
 def time_layers(rounds: int = 20) -> None:

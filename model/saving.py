@@ -29,10 +29,6 @@ from unet import UNet, UNetConfig, carry_over, released_unet
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # the bundled ones
 TINY_BASE, TINY_WORLD = CHECKPOINTS / "tiny_base.pt", CHECKPOINTS / "tiny_world.pt"
 
-# What `python -m evaluation.controllability` found best for models of this size.
-TINY_SAMPLING = {"guidance": 2.0, "guidance_levels": (0, 300), "steps": 4, "eta": 0.0}
-
-# ours -> a checkpoint's
 PREFIXES = {"unet.": "model.diffusion_model.", "autoencoder.": "first_stage_model.",
             "image_tower.": "embedder.model.visual.", "resampler.": "image_proj_model."}
 
@@ -65,8 +61,7 @@ def from_vid2world(path: str | Path, config: ModelConfig | None = None) -> Model
                                torch.zeros(0, 0)).T
     if not len(first):
         raise CheckpointError(f"{path} takes no actions: it is a passive video model; post-train "
-                              "it first "
-                              "(train.py --base)")
+                              "it first (train.py --base)")
     config = config or replace(PRESETS["512"], unet=UNetConfig(default_fps=3))
     unet = replace(config.unet, action_dim=len(first))
     config = replace(config, all_tokens_unless_full=True, unet=unet)

@@ -1,9 +1,11 @@
 """The whole model: the U-Net and everything around it that turns frames into what it reads, and
 back.
 
-    frames ──autoencoder──▶ latents ──────────────────────▶ x, and the anchor's latents beside it ┐
-    anchor frame ──image tower──▶ 257 tokens ──resampler──▶ 16 tokens for every frame             ├▶ U-Net ──▶ velocity
-    the empty caption ──text tower, once──▶ 77 tokens                                             ┘
+    frames ──autoencoder──▶ latents ─────────────▶ x, and the anchor's latents beside it ┐
+    anchor frame ──image tower──▶ 257 tokens                                             ├▶ U-Net
+                 ──resampler──▶ 16 tokens for every frame                                │    │
+    the empty caption ──text tower, once──▶ 77 tokens                                    ┘    ▼
+                                                                                           velocity
 
 Training and sampling go through the same five methods: `encode`, `image_tokens`, `context`,
 `denoise`, `decode`. Whoever wants another base than DynamiCrafter writes another class with these
@@ -62,7 +64,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # what measurement found best for this model: see `sample.Sampling`
+        # what measurement found best for this model: see `model.sampling.Sampling`
         self.sampling: dict = {}
         self.unet = UNet(config.unet)
         self.autoencoder = Autoencoder(config.autoencoder)
@@ -89,7 +91,8 @@ class Model(nn.Module):
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a frame's latents."""
         autoencoder, (height, width) = self.config.autoencoder, self.config.size
-        return autoencoder.latent_channels, height // autoencoder.factor, width // autoencoder.factor
+        factor = autoencoder.factor
+        return autoencoder.latent_channels, height // factor, width // factor
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels [B, T, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w]; with noise, a sample of the
@@ -102,8 +105,8 @@ class Model(nn.Module):
 
     def image_tokens(self, anchor: Tensor) -> Tensor:
         """Anchor frames [B, 3, H, W] in [-1, 1] -> tokens [B, slots · L, D]."""
-        return self.resampler(self.image_tower(preprocess(anchor,
-                                                          self.config.image_tower.image_size)))
+        image = preprocess(anchor, self.config.image_tower.image_size)
+        return self.resampler(self.image_tower(image))
 
     def image_context(self, tokens: Tensor, frames: int) -> Tensor:
         """Share the tokens out: frame i gets the L of slot i, [B, frames, L, D].

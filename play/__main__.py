@@ -54,8 +54,8 @@ def play(settings: Settings) -> None:
                         FASTEST)
     try:
         if settings.host not in ("127.0.0.1", "localhost"):
-            print(f"warning: everyone who can reach {settings.host} can play here, and there is "
-                  "no password")
+            print(f"warning: everyone who can reach {settings.host} can play here, and there is no "
+                  "password")
         print(f"play at {server.url}   (Ctrl-C ends it)", flush=True)
         server.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:

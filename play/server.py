@@ -1,11 +1,10 @@
 """The page's server: the page and this file talk in four sentences.
 
-    GET  /api/stream               opens a world of one's own; every frame comes as a server-sent event as soon as
-                                   it is imagined. The world lives as long as this connection does.
-    POST /api/keys                 {"session", "keys"}: which keys are down
-    POST /api/command              {"session", "command", "value"}: reset, pause, idle, guidance,
-                                   branch
-    GET  /api/gif?session=…        what was played, as an animation
+    GET  /api/stream          opens a world of one's own; every frame comes as a server-sent event
+                              as soon as it is imagined; the world lives as long as the connection
+    POST /api/keys            {"session", "keys"}: which keys are down
+    POST /api/command         {"session", "command", "value"}: reset, pause, idle, guidance, branch
+    GET  /api/gif?session=…   what was played, as an animation
 
 One world model network serves all players, one frame at a time; what differs between worlds is
 their frames, and those are small.
@@ -122,7 +121,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def send(self, status: int, kind: str, body: bytes, **headers: str) -> None:
         self.send_response(status)
-        policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'"
+        policy = ("default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+                  "frame-ancestors 'none'")
         headers = {"Content-Type": kind, "Content-Length": str(len(body)),
                    "Cache-Control": "no-store",
                    "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
@@ -229,7 +229,8 @@ class PlayServer(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], make_world: Callable[[], WorldModel],
                  dataset: DataSet,
                  episodes: Episodes, fastest: float):
-        self.make_world, self.dataset, self.episodes, self.fastest = make_world, dataset, episodes, fastest
+        self.make_world, self.dataset, self.episodes = make_world, dataset, episodes
+        self.fastest = fastest
         self.sessions: dict[str, Session] = {}
         self.connections: set[socket.socket] = set()
         self.lock, self.network, self.ending = threading.Lock(), threading.Lock(), False
@@ -258,8 +259,7 @@ class PlayServer(ThreadingHTTPServer):
                 raise BadRequest(503, "the server is about to end")
             if len(self.sessions) >= MOST_SESSIONS:
                 raise BadRequest(503, f"{MOST_SESSIONS} worlds are being played in already; close "
-                                      "one and load the "
-                                      "page again")
+                                      "one and load the page again")
             name = secrets.token_urlsafe(16)
             self.sessions[name] = Session(self.make_world(), self.dataset, self.episodes,
                                           self.network)

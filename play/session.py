@@ -9,10 +9,10 @@ from PIL import Image
 
 from data import DataSet, Episodes
 from errors import UserError
+from model.memory import return_freed_memory
 from model.vid2world import to_frames
 from play.keys import Keyboard
 from sample import Window, WorldModel
-from training.memory import return_freed_memory
 
 RING, LONGEST_GIF = 16, 600  # frames that one can go back to, and that an animation has at most
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -47,6 +48,9 @@ class Page:
     def frame(self) -> int:
         return int(self.browser.execute_script(
             "return document.getElementById('screen').dataset.frame || 0"))
+
+    def is_beyond(self, frame: int) -> bool:
+        return self.frame() > frame
 
     def until(self, true, what: str, seconds: float = 20) -> float:
         start = time.time()
@@ -94,7 +98,8 @@ def play(page: Page, downloads: Path, screenshot: str | None) -> None:
                                    ("ArrowLeft", 0, -1, "left"), ("s", 1, 1, "down")):
         before, start = page.gripper(), page.frame()
         page.key("keyDown", key)
-        latencies.append(page.until(lambda: page.frame() > start, "a key changes the picture"))
+        changed = partial(page.is_beyond, start)
+        latencies.append(page.until(changed, "a key changes the picture"))
         page.hold(key, 5)
         moved = page.gripper() - before
         print(f"{key}: the gripper moved by {moved[0]:+.1f}, {moved[1]:+.1f} pixels")
@@ -115,7 +120,7 @@ def play(page: Page, downloads: Path, screenshot: str | None) -> None:
     pad = browser.find_element("css selector", '#pad [data-key="ArrowUp"]')
     start = page.frame()
     pad.click()
-    page.until(lambda: page.frame() > start, "a click on the pad moves the world")
+    page.until(partial(page.is_beyond, start), "a click on the pad moves the world")
     if screenshot:
         page.key("keyDown", "ArrowRight")
         time.sleep(1.5)

@@ -43,8 +43,8 @@ class Tab:
             for line in self.answer:
                 if line.startswith(b"data: "):
                     event = json.loads(line[6:])
-                    self.session, self.kept = event.get("session", self.session), event.get("kept",
-                                                                                            self.kept)
+                    self.session = event.get("session", self.session)
+                    self.kept = event.get("kept", self.kept)
                     if "fps" in event:
                         self.rates.append(event["fps"])
         except (OSError, ValueError, AttributeError):
@@ -95,8 +95,8 @@ def play(port: int, process: int, minutes: float) -> int:
         if time.time() > mark + 60:
             rates, tab.rates = rates + tab.rates, []
             print(f"minute {(time.time() - begin) / 60:.0f}: {len(rates)} frames at "
-                  f"{mean(rates or [0]):.1f} frames/s, "
-                  f"{memory(process):.0f} MB, {errors} unexpected answers", flush=True)
+                  f"{mean(rates or [0]):.1f} frames/s, {memory(process):.0f} MB, {errors} "
+                  "unexpected answers", flush=True)
             rates, mark = [], time.time()
     return errors
 

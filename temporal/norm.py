@@ -95,8 +95,8 @@ def pool(mean: Tensor, var: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
 def demo() -> None:
     """What every scope sees of a clip of four frames, and how far the last frame moves the earlier
     ones."""
-    x = torch.tensor([1.0, 2, 3, 10]).view(1, 1, 4, 1, 1) + torch.tensor([-1.0, 1]).view(1, 1, 1, 1,
-                                                                                         2)
+    frames, pixels = torch.tensor([1.0, 2, 3, 10]), torch.tensor([-1.0, 1])
+    x = (frames[:, None] + pixels).view(1, 1, 4, 1, 2)
     changed = x.clone()
     changed[:, :, 3] += 100
     print("scope    one pixel after the norm            moved when frame 3 changes")

@@ -47,12 +47,11 @@ class Player:
     def ask(self, method: str, path: str, body: bytes | dict | None = None,
             **headers: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(*self.address, timeout=20)
-        body = json.dumps({"session": self.hello
-                           and self.hello["session"]} | body).encode() if isinstance(body,
-                                                                                     dict) else body
-        connection.request(method, path, body,
-                           {"Content-Type": "application/json"} | {n.replace("_", "-"): v for n,
-                                                                   v in headers.items()})
+        if isinstance(body, dict):
+            session = self.hello and self.hello["session"]
+            body = json.dumps({"session": session} | body).encode()
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, {"Content-Type": "application/json"} | sent)
         answer = connection.getresponse()
         content = answer.status, answer.read()
         connection.close()
@@ -60,8 +59,8 @@ class Player:
 
     def headers_of(self, path: str, **headers: str) -> http.client.HTTPMessage:
         connection = http.client.HTTPConnection(*self.address, timeout=20)
-        connection.request("GET", path, headers={n.replace("_", "-"): v for n,
-                                                 v in headers.items()})
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request("GET", path, headers=sent)
         found = connection.getresponse().headers
         connection.close()
         return found
@@ -70,8 +69,8 @@ class Player:
         assert self.ask("POST", "/api/keys", {"keys": keys}) == (200, b"{}")
 
     def command(self, command: str, value: object = None) -> None:
-        assert self.ask("POST", "/api/command", {"command": command, "value": value}) == (200,
-                                                                                          b"{}")
+        content = {"command": command, "value": value}
+        assert self.ask("POST", "/api/command", content) == (200, b"{}")
 
     def leave(self) -> None:
         self.answer.close()

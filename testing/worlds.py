@@ -1,5 +1,6 @@
 """Small models and checkpoints with random weights, passes of the network that are seen, short
 runs."""
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +49,8 @@ def write_safetensors(path: Path, weights: dict[str, Tensor]) -> None:
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, w in weights.items():
         start, end = end, end + w.nbytes
-        header[name] = {"dtype": names[w.dtype], "shape": list(w.shape),
-                        "data_offsets": [start, end]}
+        offsets = [start, end]
+        header[name] = {"dtype": names[w.dtype], "shape": list(w.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     data = b"".join(w.contiguous().numpy().tobytes() for w in weights.values())
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -102,6 +103,18 @@ def passes_of(world: WorldModel) -> list[tuple[Tensor, Tensor, Tensor]]:
         return denoise(x, k, anchor, context, actions, mask, *others)
     world.model.denoise = spy
     return passes
+
+
+@contextlib.contextmanager
+def small_preset():
+    """Runs of train.py in this process are of a network of a fifth of the size."""
+    tiny = PRESETS["tiny"]
+    PRESETS["tiny"] = replace(tiny, unet=replace(
+        tiny.unet, model_channels=32, channel_mult=(1, 1, 1), attention_resolutions=(4,)))
+    try:
+        yield
+    finally:
+        PRESETS["tiny"] = tiny
 
 
 def train_words(root: Path, out: Path, steps: int = 4, batch: int = 2,

@@ -14,9 +14,9 @@ def join_processes() -> tuple[int, int, torch.device]:
     device."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK",
-                                                     0))) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     # the timeout is for the others, while the first trains the autoencoder or draws a strip
     if processes > 1:

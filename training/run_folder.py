@@ -58,8 +58,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
                         "folder of its own")
     if not overwrite:
         raise DataError(f"{out} holds a run: --resume goes on with it, --overwrite starts anew, "
-                        "--out names "
-                        "another folder")
+                        "--out names another folder")
     for pattern in ("*.pt", "*.partial", "*.png", "log.jsonl", SETTINGS):
         for path in out.glob(pattern):
             path.unlink()

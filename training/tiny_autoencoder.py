@@ -28,15 +28,14 @@ def fit_autoencoder(autoencoder: nn.Module, batches: Iterable[Tensor], steps: in
     if not decoder_only:
         # little noise at first, or the decoder learns to ignore the latents
         nn.init.constant_(autoencoder.quant_conv.bias.data[channels:], -6)
-    learn = [*autoencoder.decoder.parameters(),
-             *autoencoder.post_quant_conv.parameters()] if decoder_only else \
-        list(autoencoder.parameters())
+    learn = list(autoencoder.parameters())
+    if decoder_only:
+        learn = [*autoencoder.decoder.parameters(), *autoencoder.post_quant_conv.parameters()]
     optimizer = torch.optim.AdamW(learn, lr=2e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer,
-                                                 lambda i: min(1,
-                                                               (i + 1) / 50) * (1
-                                                                                + math.cos(math.pi
-                                                                                           * i / steps)) / 2)
+    def rate(i: int) -> float:
+        return min(1, (i + 1) / 50) * (1 + math.cos(math.pi * i / steps)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     bar = tqdm(batches, desc="decoder" if decoder_only else "autoencoder", unit="step", total=steps)
     for pixels in bar:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 INK, FAINT = (40, 40, 40), (220, 220, 220)
 COLOURS = [(31, 90, 180), (214, 90, 20), (40, 140, 60), (150, 60, 150), (120, 180, 240),
@@ -17,18 +17,47 @@ def enlarge(frames: np.ndarray, height: int) -> np.ndarray:
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def save_strip(path: str | Path, rows: dict[str, np.ndarray]) -> None:
-    """One row of frames per entry, uint8 [T, H, W, 3], under each other, labelled."""
+def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8) -> None:
+    """One row of frames per entry, uint8 [T, H, W, 3], under each other, labelled.
+
+    columns  frames side by side; longer videos go on below
+    """
     rows = {label: enlarge(frames, 96) for label, frames in rows.items()}
     height, width = next(iter(rows.values())).shape[1:3]
-    columns = max(len(frames) for frames in rows.values())
-    sheet = Image.new("RGB", (columns * (width + 2) - 2, len(rows) * (height + 16)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, (label, frames) in enumerate(rows.items()):
-        draw.text((2, y * (height + 16) + 2), label, fill=INK)
-        for x, frame in enumerate(frames):
-            sheet.paste(Image.fromarray(frame), (x * (width + 2), y * (height + 16) + 14))
+    frames = max(len(frames) for frames in rows.values())
+    blocks = range(0, frames, columns)
+    size = min(columns, frames) * (width + 2) - 2, len(blocks) * len(rows) * (height + 16)
+    sheet = Image.new("RGB", size, "white")
+    draw, y = ImageDraw.Draw(sheet), 0
+    for first in blocks:
+        for label, video in rows.items():
+            draw.text((2, y + 2), f"{label}, frames {first} to {first + columns - 1}"
+                      if len(blocks) > 1 else label, fill=INK)
+            for x, frame in enumerate(video[first : first + columns]):
+                sheet.paste(Image.fromarray(frame), (x * (width + 2), y + 14))
+            y += height + 16
     sheet.save(path)
+
+
+def save_grid(path: str | Path, rows: dict[str, Sequence[float]], unit: str, x_label: str) -> None:
+    """Numbers as cells, a row per entry, written out and coloured by size (0 stays white)."""
+    cell, left, top = (88, 56), 110, 30
+    columns = max(len(values) for values in rows.values())
+    image = Image.new("RGB", (left + columns * cell[0], top + len(rows) * cell[1]), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(18)
+    for x in range(columns):
+        draw.text((left + x * cell[0] + 8, 6), f"{x_label} {x}", fill=INK,
+                  font=ImageFont.load_default(14))
+    for y, (label, values) in enumerate(rows.items()):
+        draw.text((8, top + y * cell[1] + 18), label, fill=INK, font=font)
+        for x, value in enumerate(values):
+            corner = left + x * cell[0], top + y * cell[1]
+            warmth = min(1.0, value / 3)
+            shade = tuple(round(255 + warmth * (target - 255)) for target in (214, 90, 20))
+            draw.rectangle((*corner, corner[0] + cell[0] - 3, corner[1] + cell[1] - 3), fill=shade,
+                           outline=FAINT)
+            draw.text((corner[0] + 14, corner[1] + 16), f"{value:.2f}{unit}", fill=INK, font=font)
+    image.save(path)
 
 
 def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float,
@@ -66,8 +95,8 @@ def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, float]
     y_max = max([y for points in curves.values() for _, y in points], default=1) * 1.05 or 1
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return left + x / x_max * (width - left - right), height - bottom - y / y_max * (height
-                                                                                         - top - bottom)
+        across, up = x / x_max * (width - left - right), y / y_max * (height - top - bottom)
+        return left + across, height - bottom - up
 
     for i in range(6):
         x, y = x_max * i / 5, y_max * i / 5

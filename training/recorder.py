@@ -1,0 +1,97 @@
+"""What the first process does beside the steps: log, validation, checkpoints, strips."""
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import Episodes, fit_frames
+from errors import DataError
+from model.saving import frozen_weights, save, trained_weights
+from model.vid2world import Model
+from sample import WorldModel, rollout
+from training.run_folder import Log
+from training.settings import Settings
+from viewing.pictures import save_strip
+from viewing.psnr import psnr
+
+
+class Recorder:
+    """validate  gives the loss on held-out clips"""
+
+    def __init__(self, settings: Settings, model: Model, optimizer: torch.optim.Optimizer,
+                 held_out: Episodes, validate: Callable[[], float], start: int):
+        self.settings, self.model, self.optimizer = settings, model, optimizer
+        self.held_out, self.validate = held_out, validate
+        self.out, self.start, self.began = Path(settings.out), start, time.monotonic()
+        self.damaged: set[str] = set()
+        if not (self.out / "checkpoint.pt").exists():
+            save(self.out / "frozen.pt", {"weights": frozen_weights(model)})
+            self.save_checkpoint(0)
+            self.save_strip(0)
+        self.log = Log(self.out, start)
+
+    def record(self, step: int, loss: float, damaged: list[str], last: bool) -> None:
+        settings = self.settings
+
+        def due(every: int) -> bool:
+            return last or step % every == 0
+
+        for message in sorted(set(damaged) - self.damaged):
+            tqdm.write(f"skipped: {message}")
+        self.damaged |= set(damaged)
+        self.log.write(step, loss, self.validate() if due(settings.val_every) else None)
+        if due(settings.save_every):
+            self.save_checkpoint(step)
+            self.log.plot()
+        if due(settings.sample_every):
+            self.save_strip(step)
+        if step == self.start + 1:
+            self.began = time.monotonic()  # the first step is slower than the others
+        if step == self.start + 11:
+            self.announce_end(step, (time.monotonic() - self.began) / 10)
+
+    def announce_end(self, step: int, seconds: float) -> None:
+        left = (self.settings.steps - step) * seconds / 60
+        if left > 1:
+            tqdm.write(f"{seconds:.2f} s a step: about {left:.0f} minutes to go, strips not "
+                       f"counted; --steps {self.settings.steps // 4} takes a quarter of the time "
+                       "(Ctrl-C saves, --resume goes on)")
+
+    def save_checkpoint(self, step: int) -> None:
+        settings, model = self.settings, self.model
+        root = settings.root and str(Path(settings.root).resolve())
+        save(self.out / "checkpoint.pt", {
+            "config": asdict(model.config), "sampling": model.sampling,
+            "weights": trained_weights(model),
+            "frozen": "frozen.pt", "data": {"name": settings.data, "root": root},
+            "optimizer": self.optimizer.state_dict(), "step": step})
+
+    def save_strip(self, step: int) -> None:
+        """Roll out the start of a held-out episode, and put the frames under the true ones."""
+        if self.settings.passive:
+            return
+        episode = self.held_out[0]
+        try:
+            frames, actions = episode.read(0, self.settings.frames)
+        except DataError as error:  # one damaged episode does not end a run
+            return tqdm.write(f"no strip: {error}")
+        imagined = rollout(WorldModel(self.model), frames, actions[:-1])
+        self.model.train()
+        truth = fit_frames(frames, *self.settings.size, self.model.config.fit)
+        path = self.out / f"step_{step:07d}.png"
+        save_strip(path,
+                   {f"truth: {episode.name}": truth, f"imagined after {step} steps": imagined})
+        tqdm.write(f"step {step}: rollout at {psnr(imagined, truth)[1:].mean():.2f} dB, {path}")
+
+    def finish(self, stopped: bool) -> None:
+        summary = ", ".join(f"{name} {value}" for name,
+                            value in self.log.summary().items()) if self.log.rows else ""
+        print(f"{'stopped' if stopped else 'done'} at step {len(self.log.rows)}: {summary}, "
+              f"{len(self.damaged)} damaged episodes skipped")
+        if stopped:
+            print(f"go on:  python train.py --resume --out {self.out}")
+        elif not self.settings.passive:
+            print(f"see it: python sample.py --checkpoint {self.out} --guidance 2.0")

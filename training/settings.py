@@ -1,0 +1,155 @@
+"""The settings of a training run: what can be chosen, what is used else, and what is refused."""
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from causal_conv import TRANSFER_METHODS
+from commands import option, parse
+from data import DATA_SETS
+from errors import RequestError
+from model.saving import TINY_BASE, preset_of
+from model.vid2world import PRESETS
+from temporal.norm import NORM_SCOPES
+from training.run_folder import read_settings
+
+
+@dataclass
+class Settings:
+    """Of a run. The defaults are the paper's; LAPTOP has those of a small model."""
+    data: str = option("rt1", "data set", choices=DATA_SETS)
+    root: str | None = option(None, "its folder, or one above it; if left out, datasets/ or else "
+                                    "what is bundled")
+    base: str | None = option(None, "passive model to start from: DynamiCrafter's checkpoint (512 "
+                                    "or 1024)")
+    scratch: bool = option(False, "start from random weights; with --base, keep the parts of it "
+                                  "that stay frozen")
+    passive: bool = option(False, "pretrain a passive model: bidirectional, no actions, one noise "
+                                  "level per clip")
+    transfer: str = option("mixed", "how temporal kernels become causal", choices=TRANSFER_METHODS)
+    norm_scope: str = option("frame", "frames that temporal norms see; clip is the paper's, and "
+                                      "leaks the future",
+                             choices=NORM_SCOPES)
+    frames: int = option(16, "frames per clip")
+    size: list[int] | None = option(None, "pixels; if left out, the model's", type=int, nargs=2,
+                                    metavar=("H", "W"))
+    out: str = option("runs/default", "run folder")
+    resume: bool = option(False, "go on with the run in --out, with its settings where none are "
+                                 "given")
+    overwrite: bool = option(False, "start anew in a folder that holds a run")
+    steps: int = option(100_000, "training steps")
+    batch: int = option(8, "clips per process and forward pass")
+    accumulate: int = option(1, "forward passes per step")
+    lr: float = option(1e-5, "learning rate")
+    warmup: int = option(100, "steps over which the learning rate rises")
+    cooldown: int = option(0, "steps at the end over which it falls to zero")
+    bf16: bool | None = option(None, "compute in bfloat16; if left out, where there is CUDA",
+                               type=bool)
+    checkpointing: bool = option(False, "recompute activations in the backward pass, to save "
+                                        "memory")
+    save_every: int = option(500, "steps between checkpoints")
+    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames")
+    seed: int = option(0, "of everything random")
+    set: list[str] | None = option(None, "other settings of the class Settings, such as "
+                                         "action_dropout=0", nargs="+")
+    # Settings without an option, for --set.
+    preset: str = "512"
+    clip_grad: float = 0.5
+    action_dropout: float = 0.2  # chance that a frame's action is hidden
+    image_dropout: float = 0.05  # chance that a clip's anchor image is blank
+    dropout: float | None = None  # of every layer that has one; None: the network's own
+    # vary colours and place of training clips; None: as the data set has it
+    augment: bool | None = None
+    shared_level: bool = False  # one noise level per clip: no diffusion forcing
+    # chance that a frame's level is of the lowest tenth: see `draw_levels`
+    clear_frames: float = 0.0
+    weighting: str = "velocity"  # of the loss: see `diffusion_forcing_loss`
+    autoencoder_steps: int = 1000  # without --base
+    val_every: int = 500  # steps between validation losses
+    val_clips: int = 16  # held-out clips in one of them
+    sample_every: int = 1000  # steps between strips of imagined frames
+
+
+# A small model on a laptop takes larger and fewer steps, and too few of them to see a picture in
+# many lights.
+LAPTOP = {"batch": 4, "lr": 1e-3, "steps": 500, "warmup": 50, "cooldown": 250, "save_every": 100,
+          "val_every": 100, "val_clips": 8, "sample_every": 100, "augment": False}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
+    """Settings from the command line, on top of those of the run to resume, or of the kind of
+    model."""
+    peek = argparse.ArgumentParser(add_help=False)
+    for flag in ("--resume", "--scratch", "--passive"):
+        peek.add_argument(flag, action="store_true")
+    peek.add_argument("--base")
+    peek.add_argument("--out", default="runs/default")
+    known, _ = peek.parse_known_args(argv)
+    if known.resume:
+        names = {each.name for each in fields(Settings)} - {"resume", "overwrite", "set"}
+        defaults = {name: value for name, value in read_settings(Path(known.out)).items()
+                    if name in names}
+    else:
+        bundled = None if known.scratch or known.passive else str(TINY_BASE)
+        base = known.base or bundled
+        preset = preset_of(base) if base else "tiny"
+        defaults = {"base": base, "preset": preset} | (LAPTOP if preset == "tiny" else {})
+    return parse(Settings, "Post-train a world model on robot episodes.", argv, complete,
+                 **defaults)
+
+
+def complete(settings: Settings) -> None:
+    """Apply --set, fill in what is left out, and raise RequestError for what cannot be."""
+    for assignment in settings.set or []:
+        name, _, value = assignment.partition("=")
+        default = next((each.default for each in fields(Settings) if each.name == name
+                        and not each.metadata), ...)
+        if default is ...:
+            known = ", ".join(each.name for each in fields(Settings) if not each.metadata)
+            raise RequestError(f"--set knows no {name!r}; it knows {known}")
+        setattr(settings, name, convert(name, value, default))
+    if settings.preset not in PRESETS:
+        raise RequestError(f"preset is {settings.preset!r}; it must be one of {', '.join(PRESETS)}")
+    if not settings.base and settings.preset != "tiny":
+        raise RequestError(f"preset {settings.preset} starts from DynamiCrafter's checkpoint: name "
+                           "it with --base")
+    preset = PRESETS[settings.preset]
+    if not settings.size:
+        height, width = DATA_SETS[settings.data].aspect
+        settings.size = [64,
+                         64 * width // height] if settings.preset == "tiny" else list(preset.size)
+    settings.bf16 = torch.cuda.is_available() if settings.bf16 is None else settings.bf16
+    settings.shared_level = settings.shared_level or settings.passive
+    for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every",
+                 "val_clips",
+                 "sample_every"):
+        if getattr(settings, name) < 1:
+            raise RequestError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    if settings.workers < 0:
+        raise RequestError(f"workers is {settings.workers}; it must be at least 0")
+    multiple = preset.autoencoder.factor * 2 ** (len(preset.unet.channel_mult) - 1)
+    if any(side < 1 or side % multiple for side in settings.size):
+        raise RequestError(f"size is {settings.size}; height and width must be multiples of "
+                           f"{multiple}")
+    if not 2 <= settings.frames <= preset.unet.num_frames:
+        raise RequestError(f"frames is {settings.frames}; it must be between 2 and "
+                           f"{preset.unet.num_frames}")
+
+
+def convert(name: str, value: str, default: object) -> object:
+    """The value of a setting from its text, of the kind that its default has."""
+    if isinstance(default, str):
+        return value
+    try:
+        number = json.loads(value.lower())
+    except ValueError:
+        number = None
+    kinds = (int,) if type(default) is int else (int, float, bool)
+    if type(number) not in kinds:
+        raise RequestError(f"{name} is {value!r}; expected a "
+                           f"{'whole number' if kinds == (int,) else 'number'}")
+    return number

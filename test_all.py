@@ -1,5 +1,5 @@
-"""Every claim that a CPU can check. `python test_all.py` or `pytest test_all.py`; no GPU, no
-network, no downloads.
+"""Every claim that a CPU can check: `python test_all.py`, or `python test_all.py future` for the
+tests with that word, or pytest. No GPU, no network, no downloads.
 
 A test's name is the claim. Sections follow the files. `testing/` builds what they need; `golden/`
 holds inputs and outputs of the original networks at small sizes.
@@ -2103,10 +2103,11 @@ def test_the_readmes_commands_are_understood():
 # --------------------------------------------------------------------------------------------------
 
 
-def run_all() -> int:
+def run_all(words: list[str]) -> int:
+    """Run the tests whose names contain one of the words, or all."""
     torch.manual_seed(0)
     tests = [(name, test) for name, test in globals().items() if name.startswith("test_")
-             and callable(test)]
+             and callable(test) and (not words or any(word in name for word in words))]
     failed = 0
     for name, test in tests:
         start = time.time()
@@ -2123,4 +2124,4 @@ def run_all() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_all())
+    sys.exit(run_all(sys.argv[1:]))

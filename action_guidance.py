@@ -67,8 +67,7 @@ def guide(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: float = 0.
 
 
 def action_embedding(action_dim: int, model_channels: int) -> nn.Sequential:
-    """[..., A] -> [..., 4·model_channels], with PyTorch's default start. Paper: section 4.2 and
-    B.2."""
+    """[..., A] -> [..., 4·model_channels]. Paper: section 4.2 and B.2."""
     hidden = 4 * model_channels
     return nn.Sequential(
         nn.Linear(action_dim, model_channels), nn.SiLU(),
@@ -76,8 +75,7 @@ def action_embedding(action_dim: int, model_channels: int) -> nn.Sequential:
 
 
 class MultiHotEmbedding(nn.Embedding):
-    """Sum of the table's rows that a multi-hot vector names: how keys and mouse bins (CS:GO) enter.
-    """
+    """Sum of the rows that a multi-hot vector names: how keys and mouse bins (CS:GO) enter."""
 
     def forward(self, actions: Tensor) -> Tensor:  # [..., A] of 0 and 1
         return actions @ self.weight

@@ -76,8 +76,7 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
 
 
 class TemporalBlock(nn.Module):
-    """Two self-attentions over time and a feed-forward, each behind a LayerNorm and added to its
-    input."""
+    """Two self-attentions over time and a feed-forward, each normalised and added to its input."""
 
     def __init__(self, channels: int, heads: int, head_channels: int, causal: bool):
         super().__init__()
@@ -130,8 +129,7 @@ class TemporalTransformer(nn.Module):
 
 
 def demo() -> None:
-    """The weights of one head over four frames, and a rollout's frame-by-frame attention against
-    the whole."""
+    """The weights of one head over four frames, and streaming against the whole clip."""
     torch.manual_seed(0)
     attention, x = Attention(8, 1, 8, causal=True), torch.randn(1, 4, 8)
     scores = attention.to_q(x) @ attention.to_k(x).transpose(1, 2) / 8**0.5  # [1, 4, 4]

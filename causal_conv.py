@@ -74,8 +74,7 @@ def transfer_weights(kernel: Tensor, method: str) -> Tensor:
 
 
 class TemporalConv(nn.Conv3d):
-    """Convolution over time at every pixel, kernel (n, 1, 1): centred, or ending at its own frame
-    if `causal`."""
+    """Convolution over time at every pixel: centred, or ending at its own frame if `causal`."""
 
     def __init__(self, channels: int, kernel_size: int = 3, causal: bool = False):
         super().__init__(channels, channels, (kernel_size, 1, 1))
@@ -88,8 +87,7 @@ class TemporalConv(nn.Conv3d):
         return self.convolve(F.pad(x, (0, 0, 0, 0, *self.pad_frames)))
 
     def continue_past(self, x: Tensor, cache: Cache) -> Tensor:
-        """New frames behind the remembered ones: first those to append, then alternatives for the
-        next."""
+        """Frames behind the remembered ones: those to append, then alternatives for the next."""
         B, C, _, H, W = x.shape
         appended, alternatives = x.split([cache.appended, cache.alternatives], dim=2)
         past, share = cache.recall(self) or (x.new_zeros(B, C, self.pad_frames[0], H, W), None)

@@ -141,8 +141,7 @@ class Episode:
             raise DataError(f"episode {self.name} is damaged: {error}") from None
 
     def feature(self, name: str) -> np.ndarray:
-        """Another feature of numbers that the episode carries, [T, ...]. Raises DataError if it is
-        not there."""
+        """Another feature of the episode, [T, ...]. Raises DataError if it is not there."""
         return self.format.read_feature(self.path, self.offset, self.size,
                                         name).reshape(self.length, -1)
 
@@ -165,8 +164,7 @@ class Episode:
 
 
 class Episodes(Sequence):
-    """Episodes of one data set, found by an index; an item is read only when its frames or actions
-    are."""
+    """Episodes of one data set, found by an index; an item is read only when it is looked into."""
 
     def __init__(self, dataset: DataSet, paths: list[Path], records: np.ndarray, short: int = 0,
                  damaged: int = 0):
@@ -363,8 +361,7 @@ def require_clips(batch: dict) -> dict:
 def random_frames(episodes: Episodes, size: tuple[int, int], seed: int, batches: int,
                   workers: int = 0
                   ) -> Iterator[torch.Tensor]:
-    """Batches of single frames from everywhere, uint8 [16, H, W, 3]. Raises DataError if nothing
-    can be read."""
+    """Batches of single frames, uint8 [16, H, W, 3]. Raises DataError if nothing can be read."""
     order = [list(range(16 * i, 16 * i + 16)) for i in range(batches)]
     loader = torch.utils.data.DataLoader(Clips(episodes, 1, size, seed), batch_sampler=order,
                                          collate_fn=collate,

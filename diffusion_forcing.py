@@ -58,8 +58,7 @@ def draw_levels(shape: tuple[int, ...], generator: torch.Generator | None = None
 
 
 def rollout_levels(history: int, history_level: int, k: int, alternatives: int = 1) -> Tensor:
-    """Noise levels of a rollout's window, [history + alternatives]: a clear past, and the newest
-    frame at k."""
+    """Levels of a window, [history + alternatives]: a clear past, the newest frame at k."""
     return torch.tensor([history_level] * history + [k] * alternatives)
 
 
@@ -130,8 +129,7 @@ class NoiseSchedule(nn.Module):
         return [round(LEVELS - i * LEVELS / steps) - 1 for i in range(steps)]
 
     def ddim_sigma(self, k: Tensor | int, k_next: Tensor | int, eta: float, like: Tensor) -> Tensor:
-        """Deviation of the fresh noise in a step from k to k_next (Song et al. 2021, equation 16).
-        """
+        """Deviation of the fresh noise from k to k_next (Song et al. 2021, equation 16)."""
         alpha, alpha_next = self.at(k, like)[0], self.at(k_next, like)[0]
         return eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
 

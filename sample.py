@@ -191,8 +191,7 @@ class WorldModel:
         return frame if self.batched else frame[0]
 
     def denoise(self, x: Tensor, velocity: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """From noise x [B, T, C, h, w] to clean latents, through the DDIM levels. Paper: Algorithm
-        2."""
+        """From noise [B, T, C, h, w] to clean latents, through the DDIM levels (Algorithm 2)."""
         levels = self.model.schedule.ddim_levels(self.sampling.steps)
         for k, k_next in zip(levels, levels[1:] + [0], strict=True):
             v = velocity(x, k)
@@ -207,22 +206,22 @@ class WorldModel:
         """
         low, high = self.sampling.guidance_levels
         guided = self.sampling.guidance != 1 and low <= k < high
-        versions = [1, 0] if guided else [1]  # of x: with its action, and with the action hidden
+        alternatives = [1, 0] if guided else [1]  # of x: with its action, and with the action hidden
         predict = self.predict_streaming if self.streaming else self.predict_recomputing
-        v = predict(window, x, k, versions)
+        v = predict(window, x, k, alternatives)
         return guide(*v, self.sampling.guidance, self.sampling.rescale) if guided else v[0]
 
-    def predict_streaming(self, window: Window, x: Tensor, k: int, versions: list[int]
+    def predict_streaming(self, window: Window, x: Tensor, k: int, alternatives: list[int]
                           ) -> list[Tensor]:
-        """The velocity of every version of x, from one pass over those and what the cache lacks.
+        """The velocity of every alternative of x, from one pass over those and what the cache lacks.
 
         The cache lacks the frame before in the first pass of a step, or all of a new window.
         """
-        first, T, n = self.cache.frames, window.length, len(versions)
+        first, T, n = self.cache.frames, window.length, len(alternatives)
         clip = torch.cat([window.history[:, first:]] + [x] * n, dim=1)
         newest, newest_mask = window.actions[:, T:], window.action_mask[:, T:]
         actions = torch.cat([window.actions[:, first:T]] + [newest] * n, dim=1)
-        masks = [window.action_mask[:, first:T]] + [newest_mask * keep for keep in versions]
+        masks = [window.action_mask[:, first:T]] + [newest_mask * keep for keep in alternatives]
         levels = rollout_levels(T - first, self.sampling.history_level, k, n).to(x.device)
         if (first, n) not in self.contexts:
             self.contexts[first, n] = self.model.context(window.tokens, T + 1, first, n)
@@ -231,13 +230,13 @@ class WorldModel:
                              n)
         return list(v[:, T - first :].split(1, dim=1))
 
-    def predict_recomputing(self, window: Window, x: Tensor, k: int, versions: list[int]
+    def predict_recomputing(self, window: Window, x: Tensor, k: int, alternatives: list[int]
                             ) -> list[Tensor]:
-        """The same without a cache: the whole window once per version, side by side as a batch."""
-        T, n = window.length, len(versions)
+        """The same without a cache: the whole window once per alternative, side by side as a batch."""
+        T, n = window.length, len(alternatives)
         clip = torch.cat([window.history, x], dim=1).repeat(n, 1, 1, 1, 1)
         past_mask, newest_mask = window.action_mask.split([T, 1], dim=1)
-        masks = [torch.cat([past_mask, newest_mask * keep], dim=1) for keep in versions]
+        masks = [torch.cat([past_mask, newest_mask * keep], dim=1) for keep in alternatives]
         levels = rollout_levels(T, self.sampling.history_level, k).to(x.device)
         if n not in self.contexts:
             self.contexts[n] = self.model.context(window.tokens.repeat(n, 1, 1), T + 1)
@@ -293,8 +292,7 @@ class WorldModel:
 
 
 def to_numbers(actions: object) -> np.ndarray:
-    """Actions as finite float32. Raises RequestError for anything that is not a regular array of
-    real numbers."""
+    """Actions as finite float32. Raises RequestError for anything but real numbers."""
     try:
         actions = np.asarray(actions)
     except ValueError:

@@ -119,8 +119,7 @@ os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp()  # indexes of this run
 
 
 def old_and_new(method: str, x: Tensor, size: int = 3) -> tuple[Tensor, Tensor]:
-    """A centred convolution's output on x [B, C, T, H, W], and that of the causal one made from it.
-    """
+    """A centred convolution's output on x [B, C, T, H, W], and that of its causal version."""
     torch.manual_seed(0)
     old, new = TemporalConv(x.shape[1], size).double(), TemporalConv(x.shape[1], size,
                                                                      causal=True).double()
@@ -466,8 +465,7 @@ def test_a_large_checkpoint_is_checked_once():
 
 
 def leaks(network: UNet, inputs: dict[str, Tensor], t: int = 2) -> list[str]:
-    """The inputs after frame t that reach outputs up to t, by value (bit for bit) or by gradient.
-    """
+    """The inputs after frame t that reach outputs up to t, by value or by gradient."""
     found = []
     with torch.no_grad():
         y = network(**inputs)[:, : t + 1]

@@ -79,8 +79,7 @@ class PostTraining(nn.Module):
         self.model, self.bf16, self.weighting = model, bf16, weighting
 
     def forward(self, frames: Tensor, actions: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """frames uint8 [B, T, H, W, 3], actions [B, T, A] as stored, and what `draw` drew for these
-        clips."""
+        """frames uint8 [B, T, H, W, 3], actions [B, T, A] as stored, draws from `draw`."""
         model = self.model
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
             pixels = to_pixels(frames)  # [B, T, 3, H, W]
@@ -94,12 +93,11 @@ class PostTraining(nn.Module):
                 return model.denoise(x, k, latents[:, :1], context, led_to, draws["action_mask"])
 
             return diffusion_forcing_loss(denoise, model.schedule, latents, draws["k"],
-                                          draws["noise"],
-                                          self.weighting)
+                                          draws["noise"], self.weighting)
 
 
-def draw(model: Model, actions: Tensor, clips: Sequence[int], settings: Settings) -> dict[str,
-                                                                                          Tensor]:
+def draw(model: Model, actions: Tensor, clips: Sequence[int], settings: Settings
+         ) -> dict[str, Tensor]:
     """All that is random about a batch but dropout, each clip's a function of (seed, its number).
 
     actions [B, T, A]; returns k [B, T], noise and posterior [B, T, C, h, w], action_mask [B, T],
@@ -109,11 +107,11 @@ def draw(model: Model, actions: Tensor, clips: Sequence[int], settings: Settings
         T = actions.shape[1]
         generator = torch.Generator().manual_seed(entropy(settings.seed, clip))
         k = draw_levels((T,), generator, settings.shared_level, settings.clear_frames)
-        return {"k": k, "noise": torch.randn(T, *model.latent_shape, generator=generator),
-                "posterior": torch.randn(T, *model.latent_shape, generator=generator),
-                "action_mask": drop_actions(actions, settings.action_dropout, generator)[0],
-                "keep_image": (torch.rand((),
-                                          generator=generator) >= settings.image_dropout).float()}
+        noise, posterior = torch.randn(2, T, *model.latent_shape, generator=generator)
+        action_mask = drop_actions(actions, settings.action_dropout, generator)[0]
+        keep_image = (torch.rand((), generator=generator) >= settings.image_dropout).float()
+        return {"k": k, "noise": noise, "posterior": posterior, "action_mask": action_mask,
+                "keep_image": keep_image}
 
     drawn = [draw_clip(clip, actions[i : i + 1]) for i, clip in enumerate(clips)]
     return {name: torch.stack([clip[name] for clip in drawn]) for name in drawn[0]}
@@ -134,7 +132,8 @@ def entropy(*numbers: int) -> int:
 # What a run starts from
 
 
-def prepare(settings: Settings, rank: int) -> tuple[Model, Clips, Episodes, dict | None]:
+def prepare(settings: Settings, rank: int, device: torch.device
+            ) -> tuple[Model, Clips, Episodes, dict | None]:
     """The model, clips to train on, held-out episodes, and the checkpoint to go on from, if any."""
     if rank == 0:
         check_folder(Path(settings.out), settings.resume, settings.overwrite)
@@ -147,7 +146,7 @@ def prepare(settings: Settings, rank: int) -> tuple[Model, Clips, Episodes, dict
         f"than {settings.frames} frames, {episodes.damaged + held_out.damaged} damaged")
     base = readable_path(settings.base, TINY_BASE) if settings.base else "none, from scratch"
     say(f"base: {base}")
-    model, saved = start_or_resume(settings, episodes, rank)
+    model, saved = start_or_resume(settings, episodes, rank, device)
     learning, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is learns)
                         for learns in (True, False))
     say(f"{learning / 1e6:.1f} M parameters learn, {frozen / 1e6:.1f} M are frozen"
@@ -157,16 +156,17 @@ def prepare(settings: Settings, rank: int) -> tuple[Model, Clips, Episodes, dict
     return model, clips, held_out, saved
 
 
-def start_or_resume(settings: Settings, episodes: Episodes, rank: int) -> tuple[Model, dict | None]:
+def start_or_resume(settings: Settings, episodes: Episodes, rank: int, device: torch.device
+                    ) -> tuple[Model, dict | None]:
     """The model, in which what learns requires grad, and the checkpoint that holds it, if any."""
     out = Path(settings.out)
     if settings.resume and (out / "checkpoint.pt").exists():
         saved = read_checkpoint(out / "checkpoint.pt")
-        model = load_model(out)
+        model = load_model(out).to(device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in saved["weights"])
     else:
-        saved, model = None, build_model(settings)
+        saved, model = None, build_model(settings).to(device)
         if rank == 0:
             write_settings(out, asdict(settings) | {"resume": False, "overwrite": False})
         if rank == 0 and not settings.base:
@@ -190,8 +190,10 @@ def build_model(settings: Settings) -> Model:
                        action_dim=dataset.action_dim)
     config = replace(config, unet=unet, size=tuple(settings.size), fit=dataset.fit)
     torch.manual_seed(settings.seed)
-    model = from_dynamicrafter(settings.base, config,
-                               settings.transfer) if settings.base else Model(config)
+    if settings.base:
+        model = from_dynamicrafter(settings.base, config, settings.transfer)
+    else:
+        model = Model(config)
     if settings.base and settings.scratch:  # keep what stays frozen
         model.unet, model.resampler = UNet(config.unet), Resampler(config.resampler)
     model.sampling = TINY_SAMPLING if settings.preset == "tiny" else {}
@@ -204,13 +206,11 @@ def build_model(settings: Settings) -> Model:
 
 def pretrain_autoencoder(model: Model, episodes: Episodes, settings: Settings) -> None:
     """Give a random model an autoencoder of the frames it will see."""
-    frames = random_frames(episodes, tuple(settings.size), settings.seed,
-                           settings.autoencoder_steps,
-                           settings.workers)
+    size, steps = tuple(settings.size), settings.autoencoder_steps
+    frames = random_frames(episodes, size, settings.seed, steps, settings.workers)
     batches = (to_pixels(batch[None].to(model.device))[0] for batch in frames)
     model.autoencoder.requires_grad_(True)
-    fit_autoencoder(model.autoencoder, batches, settings.autoencoder_steps,
-                    settings.bf16).requires_grad_(False)
+    fit_autoencoder(model.autoencoder, batches, steps, settings.bf16).requires_grad_(False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,49 +221,57 @@ def train(settings: Settings) -> int:
     """Train until settings.steps or until a signal; returns the exit code."""
     keep_freed_memory()
     rank, processes, device = join_processes()
-    model, clips, held_out, saved = prepare(settings, rank)
+    model, clips, held_out, saved = prepare(settings, rank, device)
     start = saved["step"] if saved else 0
-    model.to(device).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, fused=True)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-    trainee = PostTraining(model, settings.bf16, settings.weighting)
+    trainee = PostTraining(model, settings.bf16, settings.weighting).train()
     if processes > 1:  # which also hands the first process's weights to the others
-        trainee = DistributedDataParallel(trainee, [device.index] if device.type == "cuda"
-                                          else None)
-    recorder = None
+        trainee = DistributedDataParallel(trainee)
+    recorder, validation = None, partial(validate, model, held_out, settings)
     if rank == 0:
-        validation = partial(validate, model, held_out, settings)
         recorder = Recorder(settings, model, optimizer, held_out, validation, start)
 
-    stop = stop_on_signals()
-    batches = load_batches(clips, settings, start, rank, processes)
-    steps = range(start, settings.steps)
-    for step in tqdm(steps, "training", settings.steps, initial=start, disable=rank > 0):
+    stop, batches = stop_on_signals(), load_batches(clips, settings, start, rank, processes)
+    bar = tqdm(range(start, settings.steps), "training", settings.steps, initial=start,
+               disable=rank > 0)
+    for step in bar:
         torch.manual_seed(entropy(settings.seed, step, rank))  # for dropout
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
-        step_loss, damaged = 0.0, []
-        for micro in range(settings.accumulate):
-            batch = require_clips(next(batches))
-            # Processes add up their gradients in the last backward pass of a step, not before.
-            waiting = processes > 1 and micro < settings.accumulate - 1
-            with trainee.no_sync() if waiting else nullcontext():
-                loss = batch_loss(trainee, model, batch, settings) / settings.accumulate
-                loss.backward()
-            step_loss, damaged = step_loss + loss.item(), damaged + batch["damaged"]
+        loss, damaged = add_gradients(trainee, model, batches, settings)
+        # A rare clip asks for a huge step: its direction is kept, its length is not.
         nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
         optimizer.step()
         optimizer.zero_grad()  # frees the gradients before the next forward pass needs the memory
-        step_loss, stopping = across_processes(step_loss, bool(stop), device)
+        # All processes have to leave the loop at the same step, whichever one got the signal.
+        loss, stopping = across_processes(loss, bool(stop), device)
         if recorder:
-            recorder.record(step + 1, step_loss, damaged, stopping or step + 1 == settings.steps)
+            recorder.record(step + 1, loss, damaged, stopping or step + 1 == settings.steps)
+            bar.set_postfix(recorder.log.summary())
         if stopping:
             break
     leave_processes()
     if recorder:
         recorder.finish(stopped=bool(stop))
     return 128 + stop[0] if stop else 0
+
+
+def add_gradients(trainee: nn.Module, model: Model, batches: Iterator[dict], settings: Settings
+                  ) -> tuple[float, list[str]]:
+    """The backward passes of one step; returns its loss, and what was damaged in its batches."""
+    step_loss, damaged = 0.0, []
+    for micro in range(settings.accumulate):
+        batch = require_clips(next(batches))
+        # Processes add up their gradients in the last backward pass of a step, and not before.
+        last, together = micro == settings.accumulate - 1, hasattr(trainee, "no_sync")
+        with trainee.no_sync() if together and not last else nullcontext():
+            loss = batch_loss(trainee, model, batch, settings) / settings.accumulate
+            loss.backward()
+        step_loss += loss.item()
+        damaged += batch["damaged"]
+    return step_loss, damaged
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -273,26 +281,22 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.lr * min(1, rise, fall)
 
 
-def load_batches(clips: Clips, settings: Settings, start: int, rank: int,
-                 processes: int) -> Iterator[dict]:
+def load_batches(clips: Clips, settings: Settings, start: int, rank: int, processes: int
+                 ) -> Iterator[dict]:
     """The batches of this process. A step takes the next processes · accumulate · batch clips."""
-    def clip_numbers() -> Iterator[list[int]]:
-        for forward_pass in range(start * settings.accumulate,
-                                  settings.steps * settings.accumulate):
-            first = (forward_pass * processes + rank) * settings.batch
-            yield list(range(first, first + settings.batch))
-
-    return iter(DataLoader(clips, batch_sampler=clip_numbers(), collate_fn=collate,
-                           num_workers=settings.workers,
-                           worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available()))
+    passes = range(start * settings.accumulate, settings.steps * settings.accumulate)
+    firsts = ((number * processes + rank) * settings.batch for number in passes)
+    numbers = (list(range(first, first + settings.batch)) for first in firsts)
+    return iter(DataLoader(clips, batch_sampler=numbers, collate_fn=collate,
+                           num_workers=settings.workers, worker_init_fn=ignore_signals,
+                           pin_memory=torch.cuda.is_available()))
 
 
 @torch.no_grad()
 def validate(model: Model, held_out: Episodes, settings: Settings) -> float:
-    """Mean loss of the velocity on held-out clips: always the same clips, noise and levels, nothing
-    dropped.
+    """Mean loss of the velocity on held-out clips, always with the same noise and levels.
 
-    A world model is measured with a level per frame, whatever it trains with.
+    A world model is measured with a level per frame, whatever it trains with; nothing is dropped.
     """
     fixed = replace(settings, action_dropout=0, image_dropout=0, clear_frames=0,
                     shared_level=settings.passive)

@@ -103,8 +103,7 @@ def across_frames(layer, h: Tensor, conditions: Conditions) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """Two 3×3 convolutions per frame around the frame's embedding, then temporal convolutions
-    across frames."""
+    """Two 3×3 convolutions around the frame's embedding, then temporal convolutions."""
 
     def __init__(self, channels_in: int, channels: int, config: UNetConfig):
         super().__init__()
@@ -143,8 +142,7 @@ class SpatialBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Attention among the pixels of a frame and to the context, as a residual that starts at zero.
-    """
+    """Attention among the pixels of a frame and to the context, a residual that starts at zero."""
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
@@ -308,15 +306,13 @@ class UNet(nn.Module):
         return h
 
     def context(self, text: Tensor, image: Tensor) -> Context:
-        """Keys and values of text [B, 77, D] and image tokens [B, T, L, D] in every
-        cross-attention."""
+        """Keys and values of text [B, 77, D] and image [B, T, L, D] in every cross-attention."""
         layers = [layer for layer in self.modules() if isinstance(layer, CrossAttention)]
         return {layer: layer.project(text, image) for layer in layers}
 
     def embed(self, k: Tensor, fps: Tensor | None, actions: Tensor | None,
               action_mask: Tensor | None) -> Tensor:
-        """Noise level k [B, T], frame rate and action of every frame, in one vector each: [B, T,
-        4·model_channels]."""
+        """Noise level, frame rate and action of every frame, as [B, T, 4·model_channels]."""
         width = self.config.model_channels
         emb = self.time_embed(sinusoidal_embedding(k, width))
         if fps is None:

@@ -2,10 +2,9 @@
 RT-1's format.
 
     pip install metaworld mujoco packaging     (and Debian's libosmesa6, to render off-screen)
-    python -m bundled.record_drawer --world drawer --split train --episodes 1200 --out
-    recorded/drawer python -m bundled.record_drawer --world drawer --split val --episodes 32 --out
-    recorded/drawer python -m bundled.record_drawer --world others --split train --episodes 1200
-    --out recorded/others
+    python -m bundled.record_drawer --world drawer --split train --out recorded/drawer
+    python -m bundled.record_drawer --world drawer --split val --episodes 32 --out recorded/drawer
+    python -m bundled.record_drawer --world others --split train --out recorded/others
 
 `drawer` is for the world model. `others` is for pretraining a passive video model: tasks without a
 drawer, and without actions (zeros are written in their place).

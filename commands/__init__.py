@@ -19,8 +19,7 @@ from errors import UserError
 
 
 def option(default: object, help: str, type: type | None = None, **words: object):
-    """A field of a settings class that becomes `--its-name`. `words` go to `add_argument` as they
-    are."""
+    """A field of a settings class that becomes `--its-name`; `words` go to `add_argument`."""
     return field(default=default, metadata={"help": help, "type": type, "words": words})
 
 
@@ -64,8 +63,7 @@ def add_option(parser: argparse.ArgumentParser, setting: Field, default: object)
 
 
 def command(name: str, work: Callable[[], int | None]) -> int:
-    """Do the work; returns the exit code: 2, after one sentence, for what a user can mend; 130 for
-    Ctrl-C."""
+    """Do the work; returns the exit code: 2 for what a user can mend, 130 for Ctrl-C."""
     try:
         return work() or 0
     except (UserError, OSError) as error:

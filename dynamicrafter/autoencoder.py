@@ -150,8 +150,7 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def moments(self, pixels: Tensor) -> Tensor:
-        """[N, 3, H, W] in [-1, 1] -> [N, 2·C, H/f, W/f]: mean and log-variance of the posterior,
-        unscaled."""
+        """[N, 3, H, W] in [-1, 1] -> [N, 2·C, H/f, W/f]: the posterior's mean and log-variance."""
         return self.quant_conv(self.encoder(pixels))
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -83,8 +83,7 @@ def explain_other_format(path: Path, start: bytes) -> str:
 
 
 def check_archive(path: Path) -> None:
-    """Compare every member of a PyTorch archive with its checksum. Raises CheckpointError if one
-    does not match."""
+    """Compare every member of an archive with its checksum. Raises CheckpointError."""
     verified = remembered_checks(path)
     if verified is not None and verified.exists():
         return
@@ -115,8 +114,7 @@ def check_archive(path: Path) -> None:
 
 
 def remembered_checks(path: Path) -> Path | None:
-    """The file whose existence says that this large checkpoint, with this size and time, has been
-    checked."""
+    """The file whose existence says that this large checkpoint has been checked."""
     stat = path.stat()
     if stat.st_size <= CHECK_ALWAYS:
         return None
@@ -227,8 +225,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) ->
 def load_part(network_class: type[nn.Module], config: object, weights: dict[str, Tensor],
               prefix: str,
               source: str | Path) -> nn.Module:
-    """One frozen part of a checkpoint that `read_lightning` has read: its network, filled from
-    `prefix`."""
+    """One frozen part of a checkpoint that has been read: its network, filled from `prefix`."""
     with torch.device("meta"):
         network = network_class(config)
     part = select(weights, prefix)

@@ -98,8 +98,7 @@ class TextTower(nn.Module):
         self.ln_final = nn.LayerNorm(config.width)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """Token ids [N, 77] -> the penultimate layer's tokens behind the final norm, [N, 77,
-        width]."""
+        """Token ids [N, 77] -> the penultimate layer's tokens, normalised, [N, 77, width]."""
         x = self.token_embedding(token_ids) + self.positional_embedding
         future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
         for block in self.transformer.resblocks[:-1]:
@@ -130,8 +129,7 @@ def preprocess(image: Tensor, size: int = 224) -> Tensor:
 
 
 def blur(image: Tensor, axis: int, factor: float) -> Tensor:
-    """Gaussian blur of [N, C, H, W] along one axis, as wide as shrinking by `factor` asks; borders
-    reflect."""
+    """Gaussian blur of [N, C, H, W] along one axis, for shrinking by `factor`; borders reflect."""
     sigma = max((factor - 1) / 2, 0.001)
     taps = int(max(4 * sigma, 3)) // 2 * 2 + 1
     offsets = torch.arange(taps, device=image.device) - taps // 2

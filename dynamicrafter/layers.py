@@ -1,5 +1,4 @@
-"""Small layers that several of the inherited networks share. Parameter names are DynamiCrafter's.
-"""
+"""Small layers that several inherited networks share, with DynamiCrafter's parameter names."""
 import math
 
 import torch
@@ -15,8 +14,7 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 def sinusoidal_embedding(value: Tensor, dim: int) -> Tensor:
-    """[...] -> [..., dim]: cosines, then sines, at frequencies 1 .. 1/10000 (Vaswani et al. 2017,
-    section 3.5)."""
+    """[...] -> [..., dim]: cosines, then sines (Vaswani et al. 2017, section 3.5)."""
     half = dim // 2
     frequencies = (-math.log(10000) * torch.arange(half, device=value.device) / half).exp()
     angles = value[..., None].float() * frequencies
@@ -75,8 +73,7 @@ class CrossAttention(nn.Module):
 
     # [B, 77, D], [B, T, L, D]
     def project(self, text: Tensor, image: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of both sources. They do not depend on x: one projection serves all
-        denoising steps."""
+        """Keys and values of both sources: one projection serves all denoising steps."""
         image = image.flatten(0, 1)  # [B·T, L, D]
         return self.to_k(text), self.to_v(text), self.to_k_ip(image), self.to_v_ip(image)
 
@@ -93,8 +90,7 @@ class CrossAttention(nn.Module):
 
 
 class InputConv(nn.Conv2d):
-    """The first convolution of the U-Net; like the two below, it is called with conditions and
-    needs none."""
+    """The first convolution of the U-Net. Like the two below, it needs no conditions."""
 
     def forward(self, x: Tensor, *_) -> Tensor:
         return super().forward(x)

@@ -3,8 +3,7 @@ import numpy as np
 
 
 def masked_crc32c(data: bytes) -> int:
-    """The checksum of TFRecord: CRC-32C, rotated and shifted so that data may contain its own
-    checksum."""
+    """CRC-32C, rotated and shifted so that data may contain its own checksum."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 

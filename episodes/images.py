@@ -32,8 +32,7 @@ def decode(image: bytes | memoryview | np.ndarray) -> np.ndarray:
 
 
 def decode_all(images: Sequence) -> np.ndarray:
-    """Pictures to uint8 [T, H, W, 3]. Raises DataError if one cannot be read or their sizes differ.
-    """
+    """Pictures to uint8 [T, H, W, 3]. Raises DataError for a bad one, or for different sizes."""
     frames = [decode(image) for image in images]
     sizes = sorted({frame.shape for frame in frames})
     if len(sizes) > 1:

@@ -41,8 +41,7 @@ def find_files(root: Path, prefix: str) -> list[Path]:
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """All files below a folder, each real folder visited once even where links go round in circles.
-    """
+    """All files below a folder; where links go round in circles, each folder once."""
     visited = set()
     for folder, below, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -81,8 +80,7 @@ Rows = list[tuple[int, int, int]]  # offset, size and frames of every episode in
 
 def load_index(name: str, root: Path, paths: list[Path],
                index_file: Callable[[Path], Rows]) -> np.ndarray:
-    """The index of all files, int64 [episodes, 5]; `index_file` is asked about files that have
-    changed."""
+    """The index of all files, int64 [episodes, 5]; only changed files are indexed again."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vid2world"
     kept = folder / f"{name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
     known = read_kept(kept)
@@ -102,8 +100,7 @@ def load_index(name: str, root: Path, paths: list[Path],
 
 
 def read_kept(path: Path) -> dict[str, tuple[tuple[int, int], np.ndarray]]:
-    """File name -> its size and time, and its rows; empty if there is no index, or not a good one.
-    """
+    """File name -> its size and time, and its rows; empty if there is no good index."""
     try:
         with np.load(path, allow_pickle=False) as old:
             names, stamps, counts, rows = old["names"].tolist(), old["stamps"], old["counts"], old[

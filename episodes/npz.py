@@ -67,8 +67,7 @@ def read(path: Path, offset: int, size: int, image: str, actions: tuple[tuple[st
 
 
 def read_npy(path: str | Path) -> np.ndarray:
-    """The array of a .npy file, mapped and not read: a header may claim more than there is. Raises
-    DataError."""
+    """The array of a .npy file, mapped: its header may claim too much. Raises DataError."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:

@@ -63,8 +63,7 @@ def read(path: Path, offset: int, size: int, image: str, actions: tuple[tuple[st
 
 
 def read_feature(path: Path, offset: int, size: int, name: str) -> np.ndarray:
-    """Another feature of numbers that the episode carries, flat. Raises DataError if it is not
-    there."""
+    """Another feature of numbers, flat. Raises DataError if it is not there."""
     return feature_numbers(parse_example(read_record(path, offset, size)), name)
 
 
@@ -112,8 +111,7 @@ def walk_records(path: Path) -> Iterator[tuple[int, int, memoryview]]:
 
 
 def read_record(path: Path, offset: int, size: int) -> memoryview:
-    """A record's payload, from where `walk_records` found it. Raises DataError if its checksum does
-    not match."""
+    """The payload that `walk_records` found. Raises DataError if its checksum does not match."""
     with open(path, "rb") as file:
         file.seek(offset)
         payload, crc = file.read(size), file.read(4)
@@ -135,8 +133,7 @@ def write_records(path: Path, payloads: Sequence[bytes]) -> None:
 
 
 def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """The fields of a protocol buffer message: number, and value (an int, or the bytes of anything
-    longer)."""
+    """The fields of a protocol buffer message: number, and value (an int or bytes)."""
     position = 0
     while position < len(message):
         tag, position = varint(message, position)
@@ -226,8 +223,7 @@ def feature_numbers(example: dict[str, memoryview], name: str) -> np.ndarray:
 
 
 def encode_example(features: Mapping[str, Sequence[bytes] | np.ndarray]) -> bytes:
-    """An Example of byte strings (a list of bytes), floats or integers (arrays), each feature one
-    flat list."""
+    """An Example of byte strings (lists of bytes), floats or integers (arrays)."""
     entries = []
     for name, values in features.items():
         if not isinstance(values, np.ndarray):

@@ -1,5 +1,4 @@
-"""What a user can mend. Every command prints such an error as one sentence and exits with code 2.
-"""
+"""What a user can mend: a command prints it as one sentence, and exits with code 2."""
 
 
 class UserError(ValueError):

@@ -76,8 +76,7 @@ def recorded(episodes: Episodes) -> tuple[Tensor, Tensor]:
 
 
 def train_reader(episodes: Episodes, steps: int = 800) -> GripperReader:
-    """On frames shifted by up to 8 pixels and a little blurred or noisy, since imagined ones are no
-    better."""
+    """On frames that are shifted, blurred and noisy, since imagined ones are no better."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     reader = GripperReader()
@@ -104,8 +103,7 @@ def train_reader(episodes: Episodes, steps: int = 800) -> GripperReader:
 
 
 def directions(episodes: Episodes) -> np.ndarray:
-    """How the gripper's pixel moves with its position: [2, 3], pixels per metre, by least squares.
-    """
+    """How the gripper's pixel moves with its position, [2, 3] pixels per metre: least squares."""
     pixels, positions = (np.concatenate([episodes[i].feature(name) for i in range(len(episodes))])
                          for name in (PIXEL, POSITION))
     columns = np.concatenate([positions, np.ones((len(positions), 1))], axis=1)
@@ -113,8 +111,7 @@ def directions(episodes: Episodes) -> np.ndarray:
 
 
 def central_frames(episodes: Episodes) -> np.ndarray:
-    """From each episode the frame whose gripper is nearest to the middle of its reach, with room on
-    all sides."""
+    """From each episode the frame whose gripper has most room on all sides."""
     positions = [episodes[i].feature(POSITION) for i in range(len(episodes))]
     everywhere = np.concatenate(positions)
     middle, reach = (everywhere.max(0) + everywhere.min(0)) / 2, everywhere.max(
@@ -139,8 +136,7 @@ def follow(world: WorldModel, reader: GripperReader, clips: np.ndarray, actions:
 
 
 def sweep(world: WorldModel, starts: np.ndarray, batch: int) -> dict[str, np.ndarray]:
-    """From each start [N, 1, H, W, 3] in each direction: name -> uint8 [N, 1 + SWEEP_FRAMES, H, W,
-    3]."""
+    """From starts [N, 1, H, W, 3]: name -> uint8 [N, 1 + SWEEP_FRAMES, H, W, 3]."""
     swept = {}
     for name, (axis, sign) in SWEEPS.items():
         actions = np.zeros((len(starts), SWEEP_FRAMES, world.model.action_dim), np.float32)

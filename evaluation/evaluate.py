@@ -139,8 +139,7 @@ def imagine(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context:
 
 def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarray,
           networks: dict[str, FeatureNetwork]) -> None:
-    """Add a batch of imagined frames, uint8 [B, T, H, W, 3]; given [B, 1, H, W, 3] is the last
-    frame before them."""
+    """Add a batch uint8 [B, T, H, W, 3]; given [B, 1, H, W, 3] is the last frame before it."""
     tally.add({"psnr": psnr(imagined, truth), "ssim": ssim(imagined, truth),
                "psnr of repeating": psnr(given, truth)})
     B, T = truth.shape[:2]
@@ -186,8 +185,7 @@ def evaluate(world: WorldModel, episodes: Episodes, frames: int, context: int, b
 
 
 def open_held_out(settings: WorldSettings, world: WorldModel) -> Episodes:
-    """The first `episodes` episodes of the validation split, or all of it. Raises DataError if they
-    do not fit."""
+    """The first `episodes` held-out episodes, or all. Raises DataError if they do not fit."""
     episodes = open_episodes(settings.data, settings.root, "val", min_length=settings.frames)
     number = len(episodes) if settings.episodes is None else settings.episodes
     if not 1 <= number <= len(episodes):
@@ -221,8 +219,7 @@ def complete(settings: Settings) -> None:
 
 
 def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> None:
-    """The results as JSON, as a Markdown table, and as a curve over frames for every metric that
-    has one."""
+    """The results as JSON, as a Markdown table, and as curves over frames."""
     by_frame = {name: row / tally.episodes for name, row in tally.sums.items()}
     result = {name: float(row.mean()) for name, row in by_frame.items()}
     reasons = {"lpips": "no --lpips network", "fid": "no --inception network",

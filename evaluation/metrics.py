@@ -70,8 +70,7 @@ def ssim(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 class Statistics:
-    """Mean and covariance of feature vectors that come in batches; what it holds does not grow with
-    their number."""
+    """Mean and covariance of feature vectors that come in batches, in constant memory."""
 
     def __init__(self, size: int):
         self.count = 0

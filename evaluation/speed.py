@@ -57,8 +57,7 @@ def seconds(device: torch.device, work) -> float:
 
 
 def memory(device: torch.device) -> float:
-    """Peak memory in GB: of the device since its statistics were reset, or of this process since it
-    began."""
+    """Peak memory in GB: of the device since a reset, or of this process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -89,8 +88,7 @@ def time_frames(model: Model, modes: dict[str, bool], frames: int,
 
 def time_training(unet: UNet, latents: tuple[int, int], batch: int, rounds: int,
                   device: torch.device) -> tuple[float, float]:
-    """Seconds of a training step of the U-Net on clips of 16 frames (the fastest of a few), and its
-    operations."""
+    """Seconds of a training step on clips of 16 frames (the fastest), and its operations."""
     T, config = unet.config.num_frames, unet.config
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
     inputs = [torch.randn(batch, T, config.in_channels, *latents, device=device),
@@ -169,8 +167,7 @@ def measure(settings: "Settings") -> None:
 
 
 def time_layers(rounds: int = 20) -> None:
-    """Two layers that are written for speed, against the plain way, at the sizes of one streaming
-    pass."""
+    """Two layers that are written for speed against the plain way, as in a streaming pass."""
     x, conv = torch.randn(1, 64, 3, 16, 20), nn.Conv3d(64, 64, (3, 1, 1))
     q, k, v = torch.randn(320, 4, 2, 16), torch.randn(320, 4, 14, 16), torch.randn(320, 4, 14, 16)
     sees = torch.ones(2, 14, dtype=torch.bool)

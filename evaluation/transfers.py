@@ -26,8 +26,7 @@ LEVELS = (100, 300, 500, 700, 900)
 
 @torch.inference_mode()
 def velocities(model: Model, frames: torch.Tensor) -> torch.Tensor:
-    """What the network predicts for clips uint8 [B, T, H, W, 3] at each shared level, [levels, B,
-    T, C, h, w]."""
+    """The velocities of clips uint8 [B, T, H, W, 3], [levels, B, T, C, h, w]."""
     pixels = to_pixels(frames)
     latents = model.encode(pixels)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
@@ -39,8 +38,7 @@ def velocities(model: Model, frames: torch.Tensor) -> torch.Tensor:
 
 
 def distances(base: Path, clips: Clips, number: int) -> dict[str, np.ndarray]:
-    """Relative distance from the passive network's velocity, by frame, for every transfer and norm
-    scope."""
+    """Relative distance from the passive velocity, by frame, for every transfer and scope."""
     config = PRESETS[preset_of(base)]
     frames = require_clips(collate([clips[i] for i in range(number)]))["frames"]
     passive = velocities(from_dynamicrafter(base, config).eval(), frames)

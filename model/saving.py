@@ -43,8 +43,7 @@ def readable_path(path: str | Path, bundled: Path) -> str:
 
 
 def from_dynamicrafter(path: str | Path, config: ModelConfig, transfer: str = "mixed") -> Model:
-    """A model from DynamiCrafter's checkpoint, its U-Net as `load_dynamicrafter` says. Raises
-    CheckpointError."""
+    """A model from DynamiCrafter's checkpoint. Raises CheckpointError."""
     checkpoint = read_lightning(path)
     return assemble(checkpoint, config, carry_over(checkpoint, config.unet, transfer, str(path)),
                     path)
@@ -119,8 +118,7 @@ def by_our_names(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(path: str | Path, content: dict) -> None:
-    """Write a checkpoint so that the file at `path` is whole at every moment: beside it first, then
-    renamed."""
+    """Write a checkpoint so that the file is whole at every moment: beside it, then renamed."""
     partial = Path(f"{path}.partial")
     with open(partial, "wb") as file:
         torch.save(content, file)

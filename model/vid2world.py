@@ -95,8 +95,7 @@ class Model(nn.Module):
         return autoencoder.latent_channels, height // factor, width // factor
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pixels [B, T, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w]; with noise, a sample of the
-        posterior."""
+        """Pixels [B, T, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w]; with noise, a sample."""
         return self.autoencoder.encode(pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:

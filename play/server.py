@@ -108,8 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def check_sender(self) -> None:
-        """Refuse what a foreign page, or a name that points at this machine (DNS rebinding), makes
-        a browser send."""
+        """Refuse what a foreign page, or a foreign name of this machine, makes a browser send."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         site = self.headers.get("Sec-Fetch-Site")  # which browsers send, and pages cannot change
         if self.server.hosts and host not in self.server.hosts:
@@ -276,8 +275,7 @@ class PlayServer(ThreadingHTTPServer):
         return session
 
     def end(self) -> None:
-        """No more frames: close every connection, and wait for every thread, the frame under way
-        included."""
+        """Close every connection, and wait for every thread and the frame under way."""
         with self.lock:
             self.ending = True
             sessions, connections = list(self.sessions.values()), list(self.connections)

@@ -33,8 +33,7 @@ class Moment:
 
 
 class Session:
-    """One player's world. Its stream makes the frames; requests, in other threads, say what is to
-    happen next."""
+    """One player's world: its stream makes frames, requests say what is to happen next."""
 
     def __init__(self, world: WorldModel, dataset: DataSet, episodes: Episodes,
                  network: threading.Lock):

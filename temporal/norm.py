@@ -93,8 +93,7 @@ def pool(mean: Tensor, var: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def demo() -> None:
-    """What every scope sees of a clip of four frames, and how far the last frame moves the earlier
-    ones."""
+    """What every scope makes of a clip, and which frames move when the last one changes."""
     frames, pixels = torch.tensor([1.0, 2, 3, 10]), torch.tensor([-1.0, 1])
     x = (frames[:, None] + pixels).view(1, 1, 4, 1, 2)
     changed = x.clone()

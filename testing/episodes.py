@@ -11,8 +11,7 @@ from testing.commands import folder
 
 
 def make_episode(length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A square that obeys: frames [T, 32, 40, 3] and RT-1 actions [T, 13], of which 10 and 11 move
-    it."""
+    """A square that obeys: frames [T, 32, 40, 3], RT-1 actions [T, 13] of which two move it."""
     random = np.random.default_rng(seed)
     frames, actions = np.full((length, 32, 40, 3), 60, np.uint8), np.zeros((length, 13), np.float32)
     actions[:, 10:12] = random.integers(-1, 2, (length, 2))

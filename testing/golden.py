@@ -1,5 +1,4 @@
-"""Golden weights: both sides of a comparison draw them by one recipe, so that none have to be
-stored."""
+"""Golden weights, which both sides of a comparison draw by one recipe."""
 import json
 from dataclasses import replace
 from pathlib import Path

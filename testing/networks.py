@@ -8,8 +8,7 @@ from testing.commands import folder
 
 
 class Inception(nn.Module):
-    """Answers to the calls of the real one, with features of fewer numbers. In training mode it
-    would add noise."""
+    """Answers as the real one, with fewer features; in training mode it would add noise."""
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor:
         assert images.dtype == torch.uint8 and return_features

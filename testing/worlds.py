@@ -1,5 +1,4 @@
-"""Small models and checkpoints with random weights, passes of the network that are seen, short
-runs."""
+"""Small models and checkpoints with random weights, spied passes, short runs."""
 import contextlib
 import json
 from dataclasses import replace
@@ -24,8 +23,7 @@ WORLD = replace(SMALL, causal=True, norm_scope="frame", action_dim=13)
 
 
 def small_checkpoint(**changes: object) -> Path:
-    """A DynamiCrafter checkpoint as Lightning saves it, complete but small. A change of None leaves
-    the name out."""
+    """A small DynamiCrafter checkpoint. A change of None leaves the name out."""
     parts = {"model.diffusion_model.": UNet(SMALL),
              "embedder.model.visual.": ImageTower(ImageTowerConfig(28, 14, 64, 2, 4, 48)),
              "cond_stage_model.model.": TextTower(TextTowerConfig(77, 49408, 48, 3, 3, 48)),
@@ -43,8 +41,7 @@ def small_checkpoint(**changes: object) -> Path:
 
 
 def write_safetensors(path: Path, weights: dict[str, Tensor]) -> None:
-    """The format as its makers describe it: length of the header, header, tensors one behind the
-    other."""
+    """The format as its makers describe it: length of the header, header, tensors."""
     names = {torch.float16: "F16", torch.float32: "F32"}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, w in weights.items():

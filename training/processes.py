@@ -1,5 +1,4 @@
-"""A training run among processes: those that torchrun started, those that load data, and those that
-send signals."""
+"""A training run among processes: those of torchrun, those that load, those that signal."""
 import os
 import signal
 from datetime import timedelta
@@ -10,8 +9,7 @@ from tqdm import tqdm
 
 
 def join_processes() -> tuple[int, int, torch.device]:
-    """Rank and number of the processes that torchrun started (0 of 1 without it), and this one's
-    device."""
+    """Rank and number of torchrun's processes (0 of 1 without it), and this one's device."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")

@@ -1,5 +1,4 @@
-"""The folder of a training run: whether it may be written to, its settings, its log, its loss
-curve."""
+"""The folder of a training run: whether it may be written to, settings, log, loss curve."""
 import json
 from pathlib import Path
 
@@ -12,8 +11,7 @@ SETTINGS = "arguments.json"
 
 
 class Log:
-    """log.jsonl, one line per step, and loss.png. A resumed run keeps the lines up to the step it
-    starts from."""
+    """log.jsonl, one line per step, and loss.png. A resumed run keeps the lines before it."""
 
     def __init__(self, folder: Path, start: int):
         self.path, self.picture = folder / "log.jsonl", folder / "loss.png"
@@ -41,8 +39,7 @@ class Log:
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to resume what is no run, and to write over a run or other files; clear a run if told
-    to."""
+    """Refuse to resume what is no run, and to write over files; clear a run if told to."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; --out names a folder")
     content = sorted(path.name for path in out.iterdir()) if out.exists() else []

@@ -22,24 +22,18 @@ from training.run_folder import read_settings
 class Settings:
     """Of a run. The defaults are the paper's; LAPTOP has those of a small model."""
     data: str = option("rt1", "data set", choices=DATA_SETS)
-    root: str | None = option(None, "its folder, or one above it; if left out, datasets/ or else "
-                                    "what is bundled")
-    base: str | None = option(None, "passive model to start from: DynamiCrafter's checkpoint (512 "
-                                    "or 1024)")
-    scratch: bool = option(False, "start from random weights; with --base, keep the parts of it "
-                                  "that stay frozen")
-    passive: bool = option(False, "pretrain a passive model: bidirectional, no actions, one noise "
-                                  "level per clip")
+    root: str | None = option(None, "its folder, or one above; else datasets/ or what is bundled")
+    base: str | None = option(None, "passive model to start from: DynamiCrafter's checkpoint")
+    scratch: bool = option(False, "start from random weights, but for the frozen parts of a --base")
+    passive: bool = option(False, "pretrain a passive model: bidirectional, no actions, one level")
     transfer: str = option("mixed", "how temporal kernels become causal", choices=TRANSFER_METHODS)
-    norm_scope: str = option("frame", "frames that temporal norms see; clip is the paper's, and "
-                                      "leaks the future",
+    norm_scope: str = option("frame", "frames that temporal norms see; clip, the paper's, leaks",
                              choices=NORM_SCOPES)
     frames: int = option(16, "frames per clip")
     size: list[int] | None = option(None, "pixels; if left out, the model's", type=int, nargs=2,
                                     metavar=("H", "W"))
     out: str = option("runs/default", "run folder")
-    resume: bool = option(False, "go on with the run in --out, with its settings where none are "
-                                 "given")
+    resume: bool = option(False, "go on with the run in --out; its settings are the defaults")
     overwrite: bool = option(False, "start anew in a folder that holds a run")
     steps: int = option(100_000, "training steps")
     batch: int = option(8, "clips per process and forward pass")
@@ -47,14 +41,12 @@ class Settings:
     lr: float = option(1e-5, "learning rate")
     warmup: int = option(100, "steps over which the learning rate rises")
     cooldown: int = option(0, "steps at the end over which it falls to zero")
-    bf16: bool | None = option(None, "compute in bfloat16; if left out, where there is CUDA",
-                               type=bool)
-    checkpointing: bool = option(False, "recompute activations in the backward pass, to save "
-                                        "memory")
+    bf16: bool | None = option(None, "compute in bfloat16; if left out, on CUDA", type=bool)
+    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
     save_every: int = option(500, "steps between checkpoints")
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames")
     seed: int = option(0, "of everything random")
-    set: list[str] | None = option(None, "other settings of the class Settings, such as "
+    set: list[str] | None = option(None, "other settings of training/settings.py, such as "
                                          "action_dropout=0", nargs="+")
     # Settings without an option, for --set.
     preset: str = "512"
@@ -81,8 +73,7 @@ LAPTOP = {"batch": 4, "lr": 1e-3, "steps": 500, "warmup": 50, "cooldown": 250, "
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
-    """Settings from the command line, on top of those of the run to resume, or of the kind of
-    model."""
+    """Settings from the command line, on top of those of the run or the kind of model."""
     peek = argparse.ArgumentParser(add_help=False)
     for flag in ("--resume", "--scratch", "--passive"):
         peek.add_argument(flag, action="store_true")
@@ -104,14 +95,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
 
 def complete(settings: Settings) -> None:
     """Apply --set, fill in what is left out, and raise RequestError for what cannot be."""
+    others = {each.name: each.default for each in fields(Settings) if not each.metadata}
     for assignment in settings.set or []:
         name, _, value = assignment.partition("=")
-        default = next((each.default for each in fields(Settings) if each.name == name
-                        and not each.metadata), ...)
-        if default is ...:
-            known = ", ".join(each.name for each in fields(Settings) if not each.metadata)
-            raise RequestError(f"--set knows no {name!r}; it knows {known}")
-        setattr(settings, name, convert(name, value, default))
+        if name not in others:
+            raise RequestError(f"--set knows no {name!r}; it knows {', '.join(others)}")
+        setattr(settings, name, convert(name, value, others[name]))
     if settings.preset not in PRESETS:
         raise RequestError(f"preset is {settings.preset!r}; it must be one of {', '.join(PRESETS)}")
     if not settings.base and settings.preset != "tiny":
@@ -120,15 +109,16 @@ def complete(settings: Settings) -> None:
     preset = PRESETS[settings.preset]
     if not settings.size:
         height, width = DATA_SETS[settings.data].aspect
-        settings.size = [64,
-                         64 * width // height] if settings.preset == "tiny" else list(preset.size)
+        small = [64, 64 * width // height]
+        settings.size = small if settings.preset == "tiny" else list(preset.size)
     settings.bf16 = torch.cuda.is_available() if settings.bf16 is None else settings.bf16
     settings.shared_level = settings.shared_level or settings.passive
     for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every",
-                 "val_clips",
-                 "sample_every"):
+                 "val_clips", "sample_every"):
         if getattr(settings, name) < 1:
             raise RequestError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    if settings.weighting not in ("velocity", "clean"):
+        raise RequestError(f"weighting is {settings.weighting!r}; it must be velocity or clean")
     if settings.workers < 0:
         raise RequestError(f"workers is {settings.workers}; it must be at least 0")
     multiple = preset.autoencoder.factor * 2 ** (len(preset.unet.channel_mult) - 1)

@@ -206,14 +206,14 @@ class WorldModel:
         """
         low, high = self.sampling.guidance_levels
         guided = self.sampling.guidance != 1 and low <= k < high
-        alternatives = [1, 0] if guided else [1]  # of x: with its action, and with the action hidden
+        alternatives = [1, 0] if guided else [1]  # x with its action, and with the action hidden
         predict = self.predict_streaming if self.streaming else self.predict_recomputing
         v = predict(window, x, k, alternatives)
         return guide(*v, self.sampling.guidance, self.sampling.rescale) if guided else v[0]
 
     def predict_streaming(self, window: Window, x: Tensor, k: int, alternatives: list[int]
                           ) -> list[Tensor]:
-        """The velocity of every alternative of x, from one pass over those and what the cache lacks.
+        """The velocity of every alternative of x, in one pass over them and what the cache lacks.
 
         The cache lacks the frame before in the first pass of a step, or all of a new window.
         """
@@ -232,7 +232,7 @@ class WorldModel:
 
     def predict_recomputing(self, window: Window, x: Tensor, k: int, alternatives: list[int]
                             ) -> list[Tensor]:
-        """The same without a cache: the whole window once per alternative, side by side as a batch."""
+        """The same without a cache: the whole window once per alternative, as one batch."""
         T, n = window.length, len(alternatives)
         clip = torch.cat([window.history, x], dim=1).repeat(n, 1, 1, 1, 1)
         past_mask, newest_mask = window.action_mask.split([T, 1], dim=1)

@@ -26,16 +26,16 @@ def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8) 
     height, width = next(iter(rows.values())).shape[1:3]
     frames = max(len(frames) for frames in rows.values())
     blocks = range(0, frames, columns)
-    size = min(columns, frames) * (width + 2) - 2, len(blocks) * len(rows) * (height + 16)
+    size = min(columns, frames) * (width + 2) - 2, len(blocks) * len(rows) * (height + 28)
     sheet = Image.new("RGB", size, "white")
-    draw, y = ImageDraw.Draw(sheet), 0
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), 0
     for first in blocks:
         for label, video in rows.items():
-            draw.text((2, y + 2), f"{label}, frames {first} to {first + columns - 1}"
-                      if len(blocks) > 1 else label, fill=INK)
+            place = f", frames {first} to {first + columns - 1}" if len(blocks) > 1 else ""
+            draw.text((2, y + 2), label + place, fill=INK, font=font)
             for x, frame in enumerate(video[first : first + columns]):
-                sheet.paste(Image.fromarray(frame), (x * (width + 2), y + 14))
-            y += height + 16
+                sheet.paste(Image.fromarray(frame), (x * (width + 2), y + 26))
+            y += height + 28
     sheet.save(path)
 
 
@@ -69,16 +69,17 @@ def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float,
     """
     columns = {label: enlarge(frames, 256) for label, frames in columns.items()}
     height, width = next(iter(columns.values())).shape[1:3]
-    below = 20 if captions else 0
+    below, font = 26 if captions else 0, ImageFont.load_default(16)
     images = []
     for t in range(max(len(frames) for frames in columns.values())):
-        image = Image.new("RGB", (len(columns) * (width + 4) - 4, height + 16 + below), "white")
+        size = len(columns) * (width + 4) - 4, height + 24 + below
+        image = Image.new("RGB", size, "white")
         draw = ImageDraw.Draw(image)
         for x, (label, frames) in enumerate(columns.items()):
-            draw.text((x * (width + 4) + 2, 2), f"{label}   frame {t}", fill=INK)
-            image.paste(Image.fromarray(frames[min(t, len(frames) - 1)]), (x * (width + 4), 16))
+            draw.text((x * (width + 4) + 2, 1), f"{label}, frame {t}", fill=INK, font=font)
+            image.paste(Image.fromarray(frames[min(t, len(frames) - 1)]), (x * (width + 4), 24))
         if captions:
-            draw.text((2, height + 19), f"action   {captions[t]}", fill=INK)
+            draw.text((2, height + 27), f"action: {captions[t]}", fill=INK, font=font)
         images.append(image)
     durations = [round(1000 / fps)] * (len(images) - 1) + [1000]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)

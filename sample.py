@@ -144,6 +144,7 @@ class WorldModel:
         batched = frames.ndim == 5
         clips = frames if batched else frames[None]
         B, T0 = clips.shape[:2]
+        # Check everything first, then change: a refused reset leaves the world as it was.
         led_to = torch.zeros(B, T0, A, device=self.model.device)
         known = torch.ones(B, T0, device=self.model.device)
         if actions is None:
@@ -172,17 +173,20 @@ class WorldModel:
         window, B = self.window, len(self.window.latents)
         action = self.check_actions(action, (B, self.model.action_dim), self.batched)
         if window.length == self.model.num_frames:
+            # Full: the last frames begin a new window, whose memory is made by the first pass.
             window, self.cache = self.slide(window, self.overlap), Cache(self.model.num_frames)
+        # From here on the window has one action more than it has frames: the one that leads to x.
         known = torch.ones_like(action[:, :1])
         window = replace(window, actions=torch.cat([window.actions, action[:, None]], dim=1),
                          action_mask=torch.cat([window.action_mask, known], dim=1))
 
+        # The noise depends on the window alone, so a step that is taken again gives the same frame.
         self.generator.set_state(window.random_state)
         self.contexts = {}  # of caption and anchor, projected once for all levels of this frame
         start = self.noise(B, 1)  # [B, 1, C, h, w]
         latents = self.denoise(start, lambda x, k: self.velocity(window, x, k))
         pixels = self.model.decode(latents)
-        history = self.to_history(latents)
+        history = self.to_history(latents)  # noised once, here, and kept
         self.window = replace(window, latents=torch.cat([window.latents, latents], dim=1),
                               pixels=torch.cat([window.pixels, pixels], dim=1),
                               history=torch.cat([window.history, history], dim=1),
@@ -218,6 +222,7 @@ class WorldModel:
         The cache lacks the frame before in the first pass of a step, or all of a new window.
         """
         first, T, n = self.cache.frames, window.length, len(alternatives)
+        # [B, T - first + n, ...]: frames to remember, then the alternatives for the next one
         clip = torch.cat([window.history[:, first:]] + [x] * n, dim=1)
         newest, newest_mask = window.actions[:, T:], window.action_mask[:, T:]
         actions = torch.cat([window.actions[:, first:T]] + [newest] * n, dim=1)
@@ -438,7 +443,8 @@ def run(settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = "Roll a world model out on an episode's or other actions. To drive one: python -m play"
+    words = ("Roll a world model out on an episode's actions or others. What is left out comes "
+             "from the checkpoint or the data set. To drive a world: python -m play")
     return command("sample.py", lambda: run(parse(Settings, words, argv)))
 
 

@@ -86,7 +86,7 @@ class Page:
         last = -1
         while last != self.frame():
             last = self.frame()
-            time.sleep(0.6)
+            time.sleep(1.5)
 
 
 def play(page: Page, downloads: Path, screenshot: str | None) -> None:

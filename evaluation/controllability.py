@@ -75,7 +75,7 @@ def recorded(episodes: Episodes) -> tuple[Tensor, Tensor]:
         np.concatenate([episode.feature(PIXEL) for episode in chosen])).float()
 
 
-def train_reader(episodes: Episodes, steps: int = 800) -> GripperReader:
+def train_reader(episodes: Episodes, steps: int = 800, size: int = 32) -> GripperReader:
     """On frames that are shifted, blurred and noisy, since imagined ones are no better."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -85,13 +85,13 @@ def train_reader(episodes: Episodes, steps: int = 800) -> GripperReader:
     optimizer = torch.optim.Adam(reader.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        chosen = torch.randint(len(frames), (32,), generator=generator)
+        chosen = torch.randint(len(frames), (size,), generator=generator)
         x, y = torch.randint(-8, 9, (2,), generator=generator).tolist()
         padded = F.pad(frames[chosen], (8, 8, 8, 8), mode="replicate")
         batch = padded[:, :, 8 - y : 8 - y + height, 8 - x : 8 - x + width]  # moved by x, y
         blurred = F.avg_pool2d(batch, 3, stride=1, padding=1, count_include_pad=False)
-        batch = batch.lerp(blurred, torch.rand(32, 1, 1, 1, generator=generator))
-        strength = torch.rand(32, 1, 1, 1, generator=generator)
+        batch = batch.lerp(blurred, torch.rand(size, 1, 1, 1, generator=generator))
+        strength = torch.rand(size, 1, 1, 1, generator=generator)
         noise = torch.randn(batch.shape, generator=generator)
         batch = batch + 0.1 * strength * noise
         loss = F.smooth_l1_loss(reader(batch), places[chosen] + torch.tensor([x, y]))

@@ -60,19 +60,22 @@ class Settings:
     root: str | None = option(None, "its folder; if left out, datasets/ or else the bundled "
                                     "episodes")
     clips: int = option(16, "held-out clips")
+    frames: int = option(16, "frames per clip")
     out: str = option("evaluations/transfers", "folder for the plot")
 
 
 def run(settings: Settings) -> None:
     base = Path(settings.base or TINY_BASE)
     size = PRESETS[preset_of(base)].size
-    held_out = open_episodes(settings.data, settings.root, "val", min_length=16)
-    table = distances(base, Clips(held_out, 16, size, seed=0), settings.clips)
-    print("\n| transfer, norm scope | distance from the passive velocity | at frame 0 | 1 | 7 | "
-          "15 |\n"
+    held_out = open_episodes(settings.data, settings.root, "val", min_length=settings.frames)
+    table = distances(base, Clips(held_out, settings.frames, size, seed=0), settings.clips)
+    shown = [0, 1, settings.frames // 2 - 1, settings.frames - 1]
+    heads = " | ".join(map(str, shown[1:]))
+    print(f"\n| transfer, norm scope | distance from the passive velocity | at frame 0 | {heads} "
+          "|\n"
           "| --- | --- | --- | --- | --- | --- |")
     for name, row in table.items():
-        cells = " | ".join(f"{row[t]:.3f}" for t in (0, 1, 7, 15))
+        cells = " | ".join(f"{row[t]:.3f}" for t in shown)
         print(f"| {name} | **{np.sqrt(np.mean(row**2)):.3f}** | {cells} |")
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)

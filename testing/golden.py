@@ -1,6 +1,7 @@
 """Golden weights, which both sides of a comparison draw by one recipe."""
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from zlib import crc32
 
@@ -68,6 +69,7 @@ def released_names(config: UNetConfig) -> dict[str, tuple[int, ...]]:
     return names
 
 
+@cache
 def full_size_parts(**changes: object) -> dict[str, nn.Module]:
     with torch.device("meta"):
         return {"model.diffusion_model.": UNet(replace(UNetConfig(), **changes)),

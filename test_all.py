@@ -1978,8 +1978,10 @@ def test_a_server_that_ends_waits_for_every_thread():
 
 def test_ctrl_c_with_a_key_held_ends_play_cleanly():
     command = [sys.executable, "-m", "play", "--port", "0", "--steps", "1"]
+    # A parent that runs in the background may ignore Ctrl-C, and its children inherit that.
     server = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True)
+                              text=True,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         address = next(line for line in server.stdout if line.startswith("play at"))
         player = Player(address=("127.0.0.1", int(re.search(r":(\d+)/", address)[1])))

@@ -58,13 +58,14 @@ class Player:
         connection.close()
         return content
 
-    def headers_of(self, path: str, **headers: str) -> http.client.HTTPMessage:
+    def head_of(self, path: str, **headers: str) -> tuple[int, http.client.HTTPMessage]:
+        """Status and headers of an answer whose body is not read, since a stream's never ends."""
         connection = http.client.HTTPConnection(*self.address, timeout=20)
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request("GET", path, headers=sent)
-        found = connection.getresponse().headers
+        answer = connection.getresponse()
         connection.close()
-        return found
+        return answer.status, answer.headers
 
     def press(self, *keys: str) -> None:
         assert self.ask("POST", "/api/keys", {"keys": keys}) == (200, b"{}")

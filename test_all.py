@@ -1973,6 +1973,8 @@ def test_a_server_that_ends_waits_for_every_thread():
         # a connection without a request
         idle = socket.create_connection(server.server_address[:2], timeout=20)
         players[0].next("frame")
+        end = time.time()
+    assert time.time() - end < 10  # and it does not wait until a silent connection times out
     idle.close()
 
 

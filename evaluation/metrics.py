@@ -10,9 +10,11 @@
 The last three need a network that others trained, as TorchScript, in the form that the community
 measures with:
 
-    --inception  inception-2015-12-05.pt  nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/
-    --lpips      vgg16.pt                  the same place (below metrics/, as the first)
+    --inception  inception-2015-12-05.pt   (1)
+    --lpips      vgg16.pt                  (1)
     --i3d        i3d_torchscript.pt        www.dropbox.com/s/ge9e5ujwgetktms (StyleGAN-V's)
+
+    (1) nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/
 
 They run in evaluation mode, always: a batch norm that still learns makes a sample's features depend
 on its neighbours.

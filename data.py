@@ -77,26 +77,28 @@ DATA_SETS = {
                  ("steps/action/gripper_closedness_action", 1), ("steps/action/rotation_delta", 3),
                  ("steps/action/terminate_episode", 3), ("steps/action/world_vector", 3)),
         keys={"ArrowRight": Key("+x", 10, 1), "ArrowLeft": Key("-x", 10, -1),
-              "ArrowUp": Key("+y", 11, 1),
-              "ArrowDown": Key("-y", 11, -1), "w": Key("+z", 12, 1), "s": Key("-z", 12, -1),
+              "ArrowUp": Key("+y", 11, 1), "ArrowDown": Key("-y", 11, -1),
+              "w": Key("+z", 12, 1), "s": Key("-z", 12, -1),
               " ": Key("gripper", 3, 1, toggles=True)}),
     "bridge": DataSet(
         shards="bridge", image="steps/observation/image_0", fps=5, aspect=(256, 256), fit="crop",
         actions=(("steps/action", 7),),
         keys={"ArrowUp": Key("+x", 0, 0.03), "ArrowDown": Key("-x", 0, -0.03),
               "ArrowLeft": Key("+y", 1, 0.03), "ArrowRight": Key("-y", 1, -0.03),
-              "w": Key("+z", 2, 0.03),
-              "s": Key("-z", 2, -0.03), " ": Key("gripper", 6, 1, toggles=True)}),
+              "w": Key("+z", 2, 0.03), "s": Key("-z", 2, -0.03),
+              " ": Key("gripper", 6, 1, toggles=True)}),
 }
 
 
 def describe_action(dataset: DataSet, action: np.ndarray) -> str:
     """An action [A] as the labels of the keys that would do the larger part of it: "+x -z"."""
-    labels = [key.label for key in dataset.keys.values()
-              if not key.toggles and action[key.index] / key.value > 0.3]
-    labels += [f"{key.label} {'closes' if action[key.index] > 0 else 'opens'}"
-               for key in dataset.keys.values()
-               if key.toggles and action[key.index]]
+    labels = []
+    for key in dataset.keys.values():
+        number = action[key.index]
+        if key.toggles and number:
+            labels.append(f"{key.label} {'closes' if number > 0 else 'opens'}")
+        elif not key.toggles and number / key.value > 0.3:
+            labels.append(key.label)
     return "  ".join(labels)
 
 

@@ -22,8 +22,8 @@ survive more noise.
 
     python diffusion_forcing.py        shows levels as digits, and a rollout with a perfect network
 
-Paper: sections 3 and 4.1, Algorithms 1 and 2; diffusion forcing: Chen et al. 2024, arXiv
-2407.01392.
+Paper: sections 3 and 4.1, Algorithms 1 and 2.
+Diffusion forcing: Chen et al. 2024, arXiv 2407.01392.
 """
 from collections.abc import Callable
 
@@ -38,8 +38,7 @@ LEVELS = 1000
 
 
 def draw_levels(shape: tuple[int, ...], generator: torch.Generator | None = None,
-                shared: bool = False,
-                clear: float = 0.0) -> Tensor:
+                shared: bool = False, clear: float = 0.0) -> Tensor:
     """Noise levels for training, int64 [..., T]: uniform, each frame's drawn independently.
 
     shared  one level for all frames of a clip: what a passive video model trains with

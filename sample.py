@@ -152,7 +152,7 @@ class WorldModel:
         else:
             led_to[:, 1:] = self.check_actions(actions, (B, T0 - 1, A), batched)
 
-        self.batched, config = batched, self.model.config
+        config = self.model.config
         self.generator = torch.Generator().manual_seed(self.seed)
         fitted = np.stack([fit_frames(clip, *config.size, config.fit) for clip in clips])
         pixels = to_pixels(torch.from_numpy(fitted).to(self.model.device))  # [B, T0, 3, H, W]
@@ -160,6 +160,7 @@ class WorldModel:
         everything = Window(latents, pixels, self.to_history(latents), led_to, known,
                             anchor=None, tokens=None, random_state=self.generator.get_state())
         self.go_back(self.slide(everything, min(T0, self.model.num_frames)))
+        self.batched = batched
 
     @torch.inference_mode()
     def step(self, action: np.ndarray) -> np.ndarray:
@@ -230,9 +231,9 @@ class WorldModel:
         levels = rollout_levels(T - first, self.sampling.history_level, k, n).to(x.device)
         if (first, n) not in self.contexts:
             self.contexts[first, n] = self.model.context(window.tokens, T + 1, first, n)
-        v = self.run_network(clip, levels.expand(len(x), -1), window.anchor,
-                             self.contexts[first, n], actions, torch.cat(masks, dim=1), self.cache,
-                             n)
+        context, mask = self.contexts[first, n], torch.cat(masks, dim=1)
+        v = self.run_network(clip, levels.expand(len(x), -1), window.anchor, context, actions, mask,
+                             self.cache, n)
         return list(v[:, T - first :].split(1, dim=1))
 
     def predict_recomputing(self, window: Window, x: Tensor, k: int, alternatives: list[int]
@@ -245,9 +246,9 @@ class WorldModel:
         levels = rollout_levels(T, self.sampling.history_level, k).to(x.device)
         if n not in self.contexts:
             self.contexts[n] = self.model.context(window.tokens.repeat(n, 1, 1), T + 1)
-        v = self.run_network(clip, levels.expand(len(clip), -1),
-                             window.anchor.repeat(n, 1, 1, 1, 1),
-                             self.contexts[n], window.actions.repeat(n, 1, 1), torch.cat(masks))
+        anchor, actions = window.anchor.repeat(n, 1, 1, 1, 1), window.actions.repeat(n, 1, 1)
+        v = self.run_network(clip, levels.expand(len(clip), -1), anchor, self.contexts[n], actions,
+                             torch.cat(masks))
         return list(v[:, -1:].chunk(n))
 
     def run_network(self, *inputs) -> Tensor:
@@ -275,9 +276,7 @@ class WorldModel:
         return self.model.schedule.add_noise(latents, self.sampling.history_level, noise)
 
     def noise(self, B: int, T: int) -> Tensor:
-        """All that is random about a world, [B, T, C, h, w].
-
-        It is drawn on the CPU, so that a seed means the same on every device.
+        """All that is random about a world, [B, T, C, h, w], drawn on the CPU for any device.
 
         The order: history noise of the given frames; then for every new frame its start, the noise
         of each DDIM step if eta > 0, its history noise.
@@ -291,8 +290,7 @@ class WorldModel:
         actions = actions if batched else actions[None]
         if actions.shape != shape:
             raise RequestError(f"actions is {list(actions.shape)}; expected {list(shape)} (with "
-                               "the "
-                               "batch dimension)")
+                               "the batch dimension)")
         return actions
 
 
@@ -409,8 +407,7 @@ def run(settings: Settings) -> None:
                         f"{world.model.action_dim}")
     if not 0 <= settings.episode < len(episodes):
         raise DataError(f"there is no episode {settings.episode}; 0 to {len(episodes) - 1} are "
-                        "held "
-                        "out")
+                        "held out")
     episode = episodes[settings.episode]
     context = dataset.context if settings.context is None else settings.context
     most = min(settings.frames, episode.length) - 1

@@ -22,6 +22,7 @@ import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +125,8 @@ os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp()  # indexes of this run
 def old_and_new(method: str, x: Tensor, size: int = 3) -> tuple[Tensor, Tensor]:
     """A centred convolution's output on x [B, C, T, H, W], and that of its causal version."""
     torch.manual_seed(0)
-    old, new = TemporalConv(x.shape[1], size).double(), TemporalConv(x.shape[1], size,
-                                                                     causal=True).double()
+    old = TemporalConv(x.shape[1], size).double()
+    new = TemporalConv(x.shape[1], size, causal=True).double()
     new.load_state_dict({"weight": transfer_weights(old.weight.detach(), method),
                          "bias": old.bias.detach()})
     with torch.no_grad():
@@ -190,9 +191,8 @@ def test_kernels_in_half_precision_are_carried_over_in_float32():
     half = torch.randn(4, 4, 3, 1, 1).half()
     for method in TRANSFER_METHODS:
         carried = transfer_weights(half, method)
-        assert carried.dtype == torch.float32 and torch.equal(carried,
-                                                              transfer_weights(half.float(),
-                                                                               method))
+        assert carried.dtype == torch.float32
+        assert torch.equal(carried, transfer_weights(half.float(), method))
 
 
 def test_transfer_refuses_what_it_does_not_know():
@@ -236,8 +236,8 @@ def test_past_norms_compute_in_float32_under_autocast():
 def test_unet_agrees_with_dynamicrafter():
     g = golden("unet_tiny")
     x, text, image = network_inputs(g)
-    y = with_recipe(UNet(SMALL), "model.diffusion_model.")(x, g["timesteps"], text, image,
-                                                           fps=g["fps"])
+    network = with_recipe(UNet(SMALL), "model.diffusion_model.")
+    y = network(x, g["timesteps"], text, image, fps=g["fps"])
     assert error_of(y, g["y"].transpose(1, 2)) < 1e-5
 
 
@@ -564,8 +564,8 @@ def test_velocity_and_noise_determine_each_other():
     schedule, k = NoiseSchedule(), torch.tensor([[0, 39, 999], [250, 500, 750]])
     z, noise = torch.randn(2, 2, 3, 4, 5, 6)
     x, v = schedule.add_noise(z, k, noise), schedule.velocity(z, k, noise)
-    alpha, scale = schedule.alphas_cumprod[k][..., None, None, None], schedule.scale[k][..., None,
-                                                                                        None, None]
+    alpha = schedule.alphas_cumprod[k].view(2, 3, 1, 1, 1)
+    scale = schedule.scale[k].view(2, 3, 1, 1, 1)
     assert torch.allclose(alpha.sqrt() * x - (1 - alpha).sqrt() * v, scale * z, atol=1e-5)
     assert torch.allclose(alpha.sqrt() * v + (1 - alpha).sqrt() * x, noise, atol=1e-5)
     assert torch.equal(x[0, 2], noise[0, 2])  # level 999 is noise alone
@@ -594,8 +594,8 @@ def test_fresh_noise_keeps_the_variance_of_a_level():
 
 
 def test_the_loss_is_zero_for_a_network_that_knows_and_compares_velocities():
-    schedule, z, noise, k = NoiseSchedule(), *torch.randn(2, 2, 3, 4, 5, 6), torch.randint(1000,
-                                                                                           (2, 3))
+    schedule, k = NoiseSchedule(), torch.randint(1000, (2, 3))
+    z, noise = torch.randn(2, 2, 3, 4, 5, 6)
     assert diffusion_forcing_loss(lambda x, k: schedule.velocity(z, k, noise), schedule, z, k,
                                   noise) == 0
     nothing = diffusion_forcing_loss(lambda x, k: torch.zeros_like(x), schedule, z, k, noise)
@@ -603,12 +603,12 @@ def test_the_loss_is_zero_for_a_network_that_knows_and_compares_velocities():
 
 
 def test_the_loss_in_clean_latents_is_the_error_of_what_the_velocity_stands_for():
-    schedule, z, noise, k = NoiseSchedule(), *torch.randn(2, 2, 3, 4, 5, 6), torch.randint(1000,
-                                                                                           (2, 3))
+    schedule, k = NoiseSchedule(), torch.randint(1000, (2, 3))
+    z, noise = torch.randn(2, 2, 3, 4, 5, 6)
     guess = torch.randn_like(z)
     loss = diffusion_forcing_loss(lambda x, k: guess, schedule, z, k, noise, weighting="clean")
-    alpha, scale = schedule.alphas_cumprod[k].view(2, 3, 1, 1, 1), schedule.scale[k].view(2, 3, 1,
-                                                                                          1, 1)
+    alpha = schedule.alphas_cumprod[k].view(2, 3, 1, 1, 1)
+    scale = schedule.scale[k].view(2, 3, 1, 1, 1)
     clean = alpha.sqrt() * schedule.add_noise(z, k, noise) - (1 - alpha).sqrt() * guess
     assert torch.allclose(loss, (clean - scale * z).square().mean(), rtol=1e-4)
 
@@ -670,8 +670,8 @@ def test_the_checksum_is_crc32c():
 def test_episodes_come_back_as_they_were_written():
     root = make_rt1([5, 9, 7], shards=2)
     episodes = open_episodes("rt1", root)
-    assert sorted(len(e.frames) for e in episodes) == sorted(e.length for e in episodes) == [5, 7,
-                                                                                             9]
+    assert sorted(len(e.frames) for e in episodes) == [5, 7, 9]
+    assert sorted(e.length for e in episodes) == [5, 7, 9]
     frames, actions = make_episode(9, seed=1)
     episode = next(e for e in episodes if e.length == 9)
     assert np.array_equal(episode.actions, actions) and episode.actions.dtype == np.float32
@@ -705,9 +705,8 @@ def test_npz_episodes_are_read_too():
     frames, actions = make_episode(6, seed=0)
     np.savez(root / "one.npz", image=frames, action=actions)
     episode = open_episodes("rt1", root)[0]
-    assert episode.name == "one" and np.array_equal(episode.frames,
-                                                    frames) and np.array_equal(episode.actions,
-                                                                               actions)
+    assert episode.name == "one"
+    assert np.array_equal(episode.frames, frames) and np.array_equal(episode.actions, actions)
     np.savez(root / "two.npz", image=frames)
     with raises(DataError, "two.npz has no action"):
         open_episodes("rt1", root)
@@ -882,15 +881,15 @@ def test_training_clips_vary_in_light_and_place_alike_in_all_frames():
     assert brightness.std() > 0.02 and (np.abs(brightness - 1) < 0.15).all()
     dot = np.full((1, 16, 16, 3), 100, np.uint8)
     dot[0, 8, 8] = 255
-    places = [np.unravel_index(data.augment(dot, np.random.default_rng(seed))[0].sum(-1).argmax(),
-                               (16, 16)) for seed in range(40)]
-    assert {tuple(np.abs(np.subtract(place, 8))) for place in places} == {(y, x) for y in range(3)
-                                                                          for x in range(3)}
+    moves = set()
+    for seed in range(40):
+        moved = data.augment(dot, np.random.default_rng(seed))[0].sum(-1)
+        moves.add(tuple(np.abs(np.subtract(np.unravel_index(moved.argmax(), (16, 16)), 8))))
+    assert moves == {(y, x) for y in range(3) for x in range(3)}
     episodes = open_episodes("rt1", make_rt1([6] * 4), min_length=5)
     plain, augmented = (Clips(episodes, 5, (32, 40), seed=0, augment=a)[0] for a in (False, True))
-    assert np.array_equal(plain["actions"],
-                          augmented["actions"]) and not np.array_equal(plain["frames"],
-                                                                       augmented["frames"])
+    assert np.array_equal(plain["actions"], augmented["actions"])
+    assert not np.array_equal(plain["frames"], augmented["frames"])
     again = Clips(episodes, 5, (32, 40), seed=0, augment=True)[0]
     assert np.array_equal(again["frames"], augmented["frames"])
 
@@ -1041,10 +1040,10 @@ def test_what_is_left_out_comes_from_the_checkpoint_else_from_the_paper():
                      history_level=39)
     assert WorldModel(model, overlap=2).sampling == paper
     model.sampling = {"steps": 6, "eta": 0.0, "guidance_levels": (0, 300)}
-    assert WorldModel(model, overlap=2).sampling == replace(paper, steps=6, eta=0.0,
-                                                            guidance_levels=(0, 300))
-    assert WorldModel(model, steps=9, guidance=1.0, overlap=2).sampling == replace(
-        paper, steps=9, guidance=1.0, eta=0.0, guidance_levels=(0, 300))
+    carried = replace(paper, steps=6, eta=0.0, guidance_levels=(0, 300))
+    assert WorldModel(model, overlap=2).sampling == carried
+    chosen = WorldModel(model, steps=9, guidance=1.0, overlap=2).sampling
+    assert chosen == replace(carried, steps=9, guidance=1.0)
     bundled = sample.load_world(TINY_WORLD)
     assert bundled.sampling == Sampling(**TINY_SAMPLING)  # and what a run of this size will carry
     assert bundled.sampling == sample.load_world(TINY_WORLD, eta=bundled.sampling.eta).sampling
@@ -1147,20 +1146,23 @@ def test_streaming_runs_one_frame_at_a_time():
 
 
 def test_streaming_imagines_the_same_frames():
-    # as recomputing does, over many windows; with and without guidance, for one world and for
-    # three, from one frame and from four
-    for scope, guidance, worlds, context in (("past", 1, 2, 4), ("past", 2.5, 1, 1),
-                                             ("frame", 1, 1, 4), ("frame", 2.5, 2, 1)):
+    # as recomputing does, over many windows; with and without guidance, for one world and for two,
+    # from one frame and from four. A random network amplifies the rounding of a history that it
+    # can read, so the long rollout has one that it cannot.
+    for scope, guidance, worlds, context, length, history_level in (
+            ("past", 1, 2, 4, 10, 39), ("past", 2.5, 1, 1, 10, 39), ("frame", 1, 1, 4, 10, 39),
+            ("frame", 2.5, 2, 1, 10, 39), ("past", 2.5, 1, 1, 40, 999)):
         episodes = [small_episode(4, seed) for seed in range(worlds)]
         frames, actions = (np.stack(arrays) for arrays in zip(*episodes, strict=True))
         latents = []
         for streaming in (True, False):
-            world = small_world(scope, guidance=guidance, steps=2, streaming=streaming)
+            world = small_world(scope, guidance=guidance, steps=2, streaming=streaming,
+                                history_level=history_level)
             world.reset(frames[:, :context], actions[:, : context - 1])
-            for t in range(10 - context):
+            for t in range(length - context):
                 world.step(actions[:, t % 4])
             latents.append(world.latents)
-        assert latents[0].shape[1] == 10
+        assert latents[0].shape[1] == length
         assert (latents[0] - latents[1]).abs().max() < 1e-4, (scope, guidance, worlds, context)
 
 
@@ -1337,11 +1339,11 @@ def test_actions_that_are_no_numbers_are_refused():
 def test_given_frames_came_by_their_own_actions():
     recorded = np.arange(8.0, dtype=np.float32)[:, None].repeat(2, axis=1)
     def chosen(**words) -> list[float]:
-        return sample.choose_actions(sample.Settings(frames=6, **words), recorded, context=3)[0][:,
-                                                                                                 0].tolist()
+        settings = sample.Settings(frames=6, **words)
+        return sample.choose_actions(settings, recorded, context=3)[0][:, 0].tolist()
     assert chosen() == [0, 1, 2, 3, 4]
-    assert chosen(repeat_action=[9, 9]) == [0, 1, 9, 9, 9] and chosen(repeat_action=[]) == [0, 1, 2,
-                                                                                            2, 2]
+    assert chosen(repeat_action=[9, 9]) == [0, 1, 9, 9, 9]
+    assert chosen(repeat_action=[]) == [0, 1, 2, 2, 2]
     np.save(path := folder() / "future.npy", np.full((2, 2), 7))
     assert chosen(actions=str(path)) == [0, 1, 7, 7]
 
@@ -1751,11 +1753,11 @@ def test_runs_are_bundled_as_a_base_and_as_a_world():
 
 def test_the_gripper_is_read_off_frames_and_its_directions_off_episodes():
     episodes = open_episodes("rt1", SAMPLES, "train").where(np.arange(16))
-    reader = controllability.train_reader(episodes, steps=80, size=12)
+    reader = controllability.train_reader(episodes, steps=160, size=8)
     held_out = open_episodes("rt1", SAMPLES, "val").where(np.arange(4))
     frames, places = controllability.recorded(held_out)
     with torch.no_grad():
-        assert (reader(frames) - places).norm(dim=1).mean() < 6  # and about 20 for the mean place
+        assert (reader(frames) - places).norm(dim=1).mean() < 4  # and about 20 for the mean place
     across, up = controllability.directions(episodes)
     # x and y go to the right of the picture, z goes up
     assert across[0] > 0 and across[1] > 0 and up[2] < 0
@@ -1916,8 +1918,8 @@ def test_malformed_requests_are_refused_and_harm_nobody():
             (404, "GET", "/api/gif", None), (501, "PUT", keys, {})]
         for code, method, path, body in refusals:
             answer = player.ask(method, path, body)
-            assert answer[0] == code and b"Traceback" not in answer[1], (code, method, path, body,
-                                                                         answer)
+            told = (code, method, path, body, answer)
+            assert answer[0] == code and b"Traceback" not in answer[1], told
         assert player.ask("POST", keys, {"keys": []}, Content_Type="text/plain")[0] == 415
         assert player.ask("POST", keys, {"keys": []}, Origin="http://evil.example")[0] == 403
         assert player.ask("GET", "/", None, Host="evil.example")[0] == 403
@@ -2063,9 +2065,8 @@ LAYERS = (  # a folder or file imports what stands on lines below its own, or in
 def test_imports_run_down_only():
     level = {name: i for i, names in enumerate(LAYERS) for name in names.split()}
     for name in level:
-        for path in [HERE / f"{name}.py"] if (HERE / f"{name}.py").exists() else (HERE
-                                                                                  / name).glob(
-                                                                                      "*.py"):
+        file, room_of = HERE / f"{name}.py", HERE / name
+        for path in [file] if file.exists() else room_of.glob("*.py"):
             imports = [node for node in ast.walk(ast.parse(path.read_text()))
                        if isinstance(node, (ast.Import, ast.ImportFrom))]
             for node in imports:
@@ -2091,10 +2092,11 @@ def test_the_readmes_code_is_the_projects_and_its_files_exist():
 
 
 def test_the_readmes_commands_are_understood():
-    modules = {"train.py": parse_arguments, "sample.py": lambda words: parse(sample.Settings, "",
-                                                                             words)}
-    for words in re.findall(r"^    python (\S+\.py) ?(.*?)(?:  +.*)?$",
-                            (HERE / "README.md").read_text(), re.M):
+    modules = {"train.py": parse_arguments, "sample.py": partial(parse, sample.Settings, "")}
+    commands = re.findall(r"^    .*?python (\w+\.py) ?(.*?)(?:  +.*)?$",
+                          (HERE / "README.md").read_text(), re.M)
+    assert ("sample.py", "--guidance 2.0") in commands and ("train.py", "--data rt1") in commands
+    for words in commands:
         if words[0] in modules and "--resume" not in words[1] and "--base" not in words[1]:
             modules[words[0]](words[1].split())
     for module in set(re.findall(r"python -m ([a-z_.]+)", (HERE / "README.md").read_text())):

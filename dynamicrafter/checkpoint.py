@@ -21,8 +21,7 @@ from tqdm import tqdm
 from errors import CheckpointError
 
 UNET = "model.diffusion_model."  # a checkpoint's name for the U-Net
-# bytes: a file up to this size is checked at every reading, in a fraction of a second
-CHECK_ALWAYS = 256 * 2**20
+CHECK_ALWAYS = 256 * 2**20  # bytes: a file up to this size is checked at every reading
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -52,10 +51,9 @@ def read_checkpoint(path: str | Path) -> dict:
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values (a Lightning file keeps its "
-            "callbacks, for instance); "
-            "unpickling it would execute code from the file, so it is refused: on a machine where "
-            "you trust it, "
-            "load it with torch and save {'state_dict': …} alone") from None
+            "callbacks, for instance); unpickling it would execute code from the file, so it is "
+            "refused: on a machine where you trust it, load it with torch and save "
+            "{'state_dict': …} alone") from None
     except Exception as error:  # a damaged file that passes its checksums can raise almost anything
         raise CheckpointError(explain(path, error)) from None
     if not isinstance(content, dict):
@@ -124,17 +122,15 @@ def remembered_checks(path: Path) -> Path | None:
 
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-                     "BF16": torch.bfloat16,
-                     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-                     "U8": torch.uint8, "BOOL": torch.bool}
+                     "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+                     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, left on disk. The format: length of the header (8 bytes),
-    header (JSON), data.
+    """The tensors of a .safetensors file, left on disk.
 
-    Raises CheckpointError for a damaged file. The format has no checksums: only the header can be
-    checked.
+    The format is 8 bytes with the length of the header, the header (JSON), the data. It has no
+    checksums, so only the header can be checked. Raises CheckpointError for a damaged file.
     """
     try:
         with open(path, "rb") as file:
@@ -159,8 +155,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             end_of_data = max(end_of_data, end)
         if end_of_data != len(data):
             raise ValueError("it is truncated")
-    # a header is foreign JSON: whatever is wrong with one, the file is damaged
-    except Exception as error:
+    except Exception as error:  # a header is foreign JSON: anything may be wrong with it
         raise CheckpointError(explain(path, error)) from None
     return tensors
 
@@ -223,8 +218,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) ->
 
 
 def load_part(network_class: type[nn.Module], config: object, weights: dict[str, Tensor],
-              prefix: str,
-              source: str | Path) -> nn.Module:
+              prefix: str, source: str | Path) -> nn.Module:
     """One frozen part of a checkpoint that has been read: its network, filled from `prefix`."""
     with torch.device("meta"):
         network = network_class(config)

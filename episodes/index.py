@@ -103,11 +103,10 @@ def read_kept(path: Path) -> dict[str, tuple[tuple[int, int], np.ndarray]]:
     """File name -> its size and time, and its rows; empty if there is no good index."""
     try:
         with np.load(path, allow_pickle=False) as old:
-            names, stamps, counts, rows = old["names"].tolist(), old["stamps"], old["counts"], old[
-                "rows"]
-        parts = np.split(rows, np.cumsum(counts)[:-1])
-        return {name: (tuple(stamp), part) for name, stamp,
-                part in zip(names, stamps.tolist(), parts, strict=True)}
+            names, stamps, counts = (old[key].tolist() for key in ("names", "stamps", "counts"))
+            parts = np.split(old["rows"], np.cumsum(counts)[:-1])
+        rows = zip(names, stamps, parts, strict=True)
+        return {name: (tuple(stamp), part) for name, stamp, part in rows}
     except Exception:  # a damaged one is made anew
         return {}
 
@@ -120,8 +119,7 @@ def write_kept(path: Path, known: dict[str, tuple[tuple[int, int], np.ndarray]])
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.stem}.{os.getpid()}.npz")
         np.savez(partial, names=np.array(list(known)), stamps=np.array(stamps),
-                 counts=np.array([len(r) for r in rows]),
-                 rows=np.concatenate(rows))
+                 counts=np.array([len(part) for part in rows]), rows=np.concatenate(rows))
         partial.replace(path)
     except OSError:
         pass  # nowhere to keep it: it will be made again

@@ -27,8 +27,8 @@ def run(settings: Settings) -> None:
     moves = {}
     with torch.no_grad():
         for scope in NORM_SCOPES:
-            moves[scope] = [100 * share for share in leaks(scope, settings.frames, SIZE,
-                                                           pixels=16)[:-1]]
+            moved = leaks(scope, settings.frames, SIZE, pixels=16)
+            moves[scope] = [100 * share for share in moved[:-1]]
             print(f"norms over {scope:5}  the last frame moves earlier outputs by up to "
                   f"{max(moves[scope]):.2f} %")
     out = Path(settings.out)

@@ -16,18 +16,13 @@ FASTEST = 8.0  # frames per second: faster than this, nobody could steer
 
 @dataclass
 class Settings:
-    checkpoint: str | None = option(
-        None, "run folder of train.py, or a released Vid2World checkpoint; if left out, the "
-              "bundled world")
-    data: str | None = option(None, "data set; if left out, the one the checkpoint was trained on",
-                              choices=DATA_SETS)
-    root: str | None = option(None, "its folder; if left out, the one the checkpoint was trained "
-                                    "on")
+    """What is left out comes from the checkpoint; without one, the bundled world is played."""
+    checkpoint: str | None = option(None, "run folder of train.py, or a released checkpoint")
+    data: str | None = option(None, "data set", choices=DATA_SETS)
+    root: str | None = option(None, "its folder")
     guidance: float | None = option(
-        None, "1 follows the action as trained, more exaggerates it; if left out, the checkpoint's",
-        type=float)
-    steps: int | None = option(None, "denoising steps per frame; if left out, the checkpoint's",
-                               type=int)
+        None, "1 follows the action as trained, more exaggerates it", type=float)
+    steps: int | None = option(None, "denoising steps per frame", type=int)
     host: str = option("127.0.0.1", "address to listen at")
     port: int = option(8000, "port to listen at")
 
@@ -50,8 +45,7 @@ def play(settings: Settings) -> None:
     # when it takes the core of one.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     server = PlayServer((settings.host, settings.port), lambda: WorldModel(model, **options),
-                        DATA_SETS[name], episodes,
-                        FASTEST)
+                        DATA_SETS[name], episodes, FASTEST)
     try:
         if settings.host not in ("127.0.0.1", "localhost"):
             print(f"warning: everyone who can reach {settings.host} can play here, and there is no "
@@ -65,7 +59,8 @@ def play(settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = "Drive an imagined world from the keyboard, in a browser."
+    description = ("Drive an imagined world from the keyboard, in a browser. What is left out "
+                   "comes from the checkpoint; without one, the bundled world is played.")
     return command("play", lambda: play(parse(Settings, description, argv, check)))
 
 

@@ -17,7 +17,6 @@ for every thread.
 import base64
 import contextlib
 import json
-import math
 import secrets
 import socket
 import sys
@@ -70,9 +69,7 @@ def check_command(content: dict) -> tuple[str, object]:
     if command in ("pause", "idle") and type(value) is not bool:
         raise BadRequest(400, f"{command} needs a value that is true or false")
     if command == "guidance":
-        if type(value) not in (int,
-                               float) or not 0 <= value <= MOST_GUIDANCE or not math.isfinite(
-                                   value):
+        if type(value) not in (int, float) or not 0 <= value <= MOST_GUIDANCE:  # NaN included
             raise BadRequest(400, f"guidance needs a value between 0 and {MOST_GUIDANCE:g}")
         value = float(value)
     if command == "branch" and type(value) is not int:
@@ -113,8 +110,8 @@ class Handler(BaseHTTPRequestHandler):
         site = self.headers.get("Sec-Fetch-Site")  # which browsers send, and pages cannot change
         if self.server.hosts and host not in self.server.hosts:
             raise BadRequest(403, "this server answers to its own name only")
-        foreign_resource = site not in (None, "same-origin",
-                                        "none") and self.path.startswith("/api/")
+        foreign_site = site not in (None, "same-origin", "none")
+        foreign_resource = foreign_site and self.path.startswith("/api/")
         if origin not in (None, f"http://{host}") or foreign_resource:
             raise BadRequest(403, "this server answers to its own page only")
 
@@ -123,9 +120,8 @@ class Handler(BaseHTTPRequestHandler):
         policy = ("default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
                   "frame-ancestors 'none'")
         headers = {"Content-Type": kind, "Content-Length": str(len(body)),
-                   "Cache-Control": "no-store",
-                   "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY",
-                   "Content-Security-Policy": policy} | headers
+                   "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                   "X-Frame-Options": "DENY", "Content-Security-Policy": policy} | headers
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         if self.close_connection:

@@ -116,7 +116,7 @@ class Session:
     def step(self, action: np.ndarray) -> None:
         with self.network:
             frame = self.world.step(action)
-        # play has no end, and needs no more
+        # Play has no end, and a window needs no more.
         latents = self.world.latents[:, -self.world.model.num_frames :]
         self.world.window = replace(self.world.window, latents=latents)
         self.remember(frame)

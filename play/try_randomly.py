@@ -67,9 +67,8 @@ def play(port: int, process: int, minutes: float) -> int:
     while time.time() < begin + 60 * minutes:
         what, session = random.random(), tab.session
         if what < 0.7:
-            status = tab.ask("POST", "/api/keys", {"session": session,
-                                                   "keys": random.sample(keys,
-                                                                         random.randint(0, 2))})
+            pressed = random.sample(keys, random.randint(0, 2))
+            status = tab.ask("POST", "/api/keys", {"session": session, "keys": pressed})
         elif what < 0.96:
             command, value = random.choice([("guidance", random.uniform(0, 4)),
                                             ("idle", random.random() < 0.7), ("pause", False),

@@ -54,8 +54,7 @@ class TemporalNorm(nn.GroupNorm):
             return self.over_past(x.float(), cache)
 
     def over_past(self, x: Tensor, cache) -> Tensor:
-        """Scope "past". With a cache, scope "clip" comes here too: the cache has no future to
-        offer."""
+        """Scope "past"; with a cache scope "clip" too, since a cache has no future to offer."""
         groups = x.unflatten(1, (self.num_groups, -1))  # [B, G, C/G, T, H, W]
         mean = groups.mean((2, 4, 5))  # [B, G, T], of each frame alone
         var = groups.var((2, 4, 5), correction=0)
@@ -70,21 +69,19 @@ class TemporalNorm(nn.GroupNorm):
             cache.keep(self, mean[..., :frames], var[..., :frames])
         mean, var = pool(mean, var, sees)  # [B, G, T], of all frames so far
 
-        # [G, C/G, 1]
-        weight, bias = (p.view(self.num_groups, -1, 1) for p in (self.weight, self.bias))
+        weight = self.weight.view(self.num_groups, -1, 1)  # [G, C/G, 1]
+        bias = self.bias.view(self.num_groups, -1, 1)
         scale = (var + self.eps).rsqrt()[:, :, None] * weight  # [B, G, C/G, T]
         shift = bias - mean[:, :, None] * scale
         return (groups * scale[..., None, None] + shift[..., None, None]).flatten(1, 2)
 
 
 def pool(mean: Tensor, var: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
-    """From each frame's own mean and variance, [..., F], to those of all frames that frame t sees,
-    [..., T].
+    """From each frame's own mean and variance, [..., F], to those of all it sees, [..., T].
 
     sees  bool [T, F]
 
-    The pooled variance is the mean of the variances plus the spread of the means around the pooled
-    mean.
+    The pooled variance is the mean of the variances plus the spread of the means.
     """
     share = sees / sees.sum(dim=1, keepdim=True)  # [T, F], equal weights
     pooled = mean @ share.T  # [..., T]

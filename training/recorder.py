@@ -19,7 +19,7 @@ from viewing.psnr import psnr
 
 
 class Recorder:
-    """validate  gives the loss on held-out clips"""
+    """Log, validation, checkpoints and strips of a run; `validate` gives the held-out loss."""
 
     def __init__(self, settings: Settings, model: Model, optimizer: torch.optim.Optimizer,
                  held_out: Episodes, validate: Callable[[], float], start: int):
@@ -65,8 +65,8 @@ class Recorder:
         root = settings.root and str(Path(settings.root).resolve())
         save(self.out / "checkpoint.pt", {
             "config": asdict(model.config), "sampling": model.sampling,
-            "weights": trained_weights(model),
-            "frozen": "frozen.pt", "data": {"name": settings.data, "root": root},
+            "weights": trained_weights(model), "frozen": "frozen.pt",
+            "data": {"name": settings.data, "root": root},
             "optimizer": self.optimizer.state_dict(), "step": step})
 
     def save_strip(self, step: int) -> None:
@@ -82,15 +82,16 @@ class Recorder:
         self.model.train()
         truth = fit_frames(frames, *self.settings.size, self.model.config.fit)
         path = self.out / f"step_{step:07d}.png"
-        save_strip(path,
-                   {f"truth: {episode.name}": truth, f"imagined after {step} steps": imagined})
+        rows = {f"truth: {episode.name}": truth, f"imagined after {step} steps": imagined}
+        save_strip(path, rows)
         tqdm.write(f"step {step}: rollout at {psnr(imagined, truth)[1:].mean():.2f} dB, {path}")
 
     def finish(self, stopped: bool) -> None:
-        summary = ", ".join(f"{name} {value}" for name,
-                            value in self.log.summary().items()) if self.log.rows else ""
-        print(f"{'stopped' if stopped else 'done'} at step {len(self.log.rows)}: {summary}, "
-              f"{len(self.damaged)} damaged episodes skipped")
+        summary = self.log.summary() if self.log.rows else {}
+        words = [f"{name} {value}" for name, value in summary.items()]
+        words.append(f"{len(self.damaged)} damaged episodes skipped")
+        how = "stopped" if stopped else "done"
+        print(f"{how} at step {len(self.log.rows)}: {', '.join(words)}")
         if stopped:
             print(f"go on:  python train.py --resume --out {self.out}")
         elif not self.settings.passive:

@@ -1,4 +1,4 @@
-"""Episodes in, clips out: RT-1 and its relatives.
+"""Episodes in, clips out: RT-1 and its relatives, CS:GO, and your own.
 
 An episode is what a robot saw and did: frames [T, H, W, 3] and, beside frame t, the action taken
 there. Training wants short clips from random places of random episodes, from data sets of a hundred
@@ -9,57 +9,73 @@ gigabytes, without ever holding more than a few episodes in memory. Three steps 
                   ──order──▶ clips 0, 1, 2, … are the same in every run with the same seed,
                              whatever the number of workers or processes
 
-What a data set is stands in `DATA_SETS`: a new one of a known format is one entry. A file format is
-a module in `episodes/` with two functions, `index` and `read`: a new one is such a module and a row
-of `FORMATS`.
+What a data set is stands in `DATA_SETS`: a new one of a known format is one entry; a new file
+format is two functions (episodes/formats.py). `folder` is for episodes of your own, whose shape is
+read from the files.
 
 Paper: appendix C.1.
 """
-import hashlib
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
+from tqdm import tqdm
 
-from episodes import npz, tfrecord
+from episodes import tfrecord
+from episodes.actions import (
+    CSGO_WIDTH,
+    FIRST_X,
+    FIRST_Y,
+    Key,
+    csgo_action,
+    csgo_keys,
+    describe_by_keys,
+    describe_by_names,
+    describe_csgo,
+)
+from episodes.formats import episode_name, format_of
 from episodes.images import decode_all
-from episodes.index import find_files, load_index
+from episodes.index import choose_split, find_files, list_files, load_index
+from episodes.own import describe_folder
 from errors import DataError
-
-FORMATS = {".npz": npz}  # by the ending of a file's name; all others are TFRecord
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a key on the keyboard does to an action, when a person plays."""
-    label: str
-    index: int  # of the number in the action
-    value: float
-    toggles: bool = False  # every new press changes the sign
 
 
 @dataclass(frozen=True)
 class DataSet:
     """Where a data set keeps its frames and actions, and what a model has to know about it."""
-    shards: str  # how the names of its shards begin
-    image: str  # feature with one encoded picture per step
+    shards: str = ""  # how the names of its shards begin
+    image: str = "image"  # feature with one encoded picture per step
     # features that make up the action, in order, and their widths
-    actions: tuple[tuple[str, int], ...]
-    fps: int
-    aspect: tuple[int, int]  # height and width of its frames, up to a factor
+    actions: tuple[tuple[str, int], ...] = ()
+    fps: float = 10
+    told_fps: int | None = None  # the frame rate that the network is told, if it is another
+    aspect: tuple[int, int] = (1, 1)  # height and width of its frames, up to a factor
+    files: str = r"\.tfrecord(-\d+-of-\d+)?$|\.npz$"  # names of its files, a regular expression
     fit: str = "pad"  # how frames of another aspect than the model's are fitted: see `fit_frames`
     augment: bool = False  # whether training varies the colours and the place of the picture
     context: int = 1  # frames given at the start of a rollout
     held_out: int = 1024  # validation episodes (at most an eighth of all)
+    protocol: Path | None = None  # held-out files by name, and the frame at which to begin
+    compare_at: tuple[int, int] | None = None  # size at which frames are compared, without bars
+    standardise: bool = False  # whether actions are learned in units of their deviation
+    # What the numbers of an action mean
+    names: tuple[str, ...] = ()
     keys: dict[str, Key] = field(default_factory=dict)  # a browser's name of a key -> what it does
+    rest: tuple[float, ...] = ()  # the action without a key; () is zeros
+    one_hot: tuple[range, ...] = ()  # numbers of which exactly one is 1
+    absolute: bool = False  # actions say where to be: a key adds to where that is
+    describe: Callable[[np.ndarray], str] | None = None  # an action in words
 
     @property
     def action_dim(self) -> int:
         return sum(width for _, width in self.actions)
+
+    @property
+    def network_fps(self) -> int:
+        return self.told_fps or max(1, round(self.fps))
 
 
 SAMPLES = Path(__file__).parent / "samples"  # the bundled episodes
@@ -87,19 +103,30 @@ DATA_SETS = {
               "ArrowLeft": Key("+y", 1, 0.03), "ArrowRight": Key("-y", 1, -0.03),
               "w": Key("+z", 2, 0.03), "s": Key("-z", 2, -0.03),
               " ": Key("gripper", 6, 1, toggles=True)}),
+    # 500 of its files are held out, a clip each. The network is told RT-1's frame rate, and frames
+    # are compared at the size at which they were recorded.
+    "csgo": DataSet(
+        shards="hdf5_dm_july2021", files=r"\.hdf5$", fps=16, told_fps=3, aspect=(150, 280),
+        actions=(("steps/action", CSGO_WIDTH),), context=4, compare_at=(150, 280),
+        protocol=Path(__file__).parent / "episodes" / "csgo_held_out.txt",
+        keys=csgo_keys(), rest=tuple(csgo_action().tolist()), describe=describe_csgo,
+        one_hot=(range(FIRST_X, FIRST_Y), range(FIRST_Y, CSGO_WIDTH))),
+    # Your own: what is not said here is read from the files (episodes/own.py).
+    "folder": DataSet(files=r"^actions\.npy$|\.npz$", standardise=True),
 }
+
+EXPECTED = {"folder": "folders of pictures with an actions.npy, or .npz files",
+            "csgo": "hdf5_dm_july2021_*.hdf5 files"}
 
 
 def describe_action(dataset: DataSet, action: np.ndarray) -> str:
-    """An action [A] as the labels of the keys that would do the larger part of it: "+x -z"."""
-    labels = []
-    for key in dataset.keys.values():
-        number = action[key.index]
-        if key.toggles and number:
-            labels.append(f"{key.label} {'closes' if number > 0 else 'opens'}")
-        elif not key.toggles and number / key.value > 0.3:
-            labels.append(key.label)
-    return "  ".join(labels)
+    """An action [A] in words, as far as the data set says what its numbers mean."""
+    if dataset.describe:
+        return dataset.describe(action)
+    by_keys = describe_by_keys(action, list(dataset.keys.values()))
+    if by_keys or not dataset.names:
+        return by_keys
+    return describe_by_names(action, dataset.names)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,12 +144,8 @@ class Episode:
     length: int
 
     @property
-    def format(self):
-        return FORMATS.get(self.path.suffix, tfrecord)
-
-    @property
     def name(self) -> str:
-        return self.path.stem if self.path.suffix in FORMATS else f"{self.path.name}:{self.number}"
+        return episode_name(self.path, self.number)
 
     @property
     def frames(self) -> np.ndarray:
@@ -132,29 +155,27 @@ class Episode:
     @property
     def actions(self) -> np.ndarray:
         """float32 [T, A]: row t was taken at frame t."""
-        return self.load()[1]
+        return self.open(0, self.length)[1]
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Frames start .. stop-1, uint8 [T, H, W, 3], and their actions float32 [T, A]."""
-        images, actions = self.load()
+        images, actions = self.open(start, stop)
         try:
-            return decode_all(images[start:stop]), actions[start:stop]
-        except DataError as error:
+            return decode_all(images), actions
+        except (DataError, OSError) as error:
             raise DataError(f"episode {self.name} is damaged: {error}") from None
 
     def feature(self, name: str) -> np.ndarray:
         """Another feature of the episode, [T, ...]. Raises DataError if it is not there."""
-        return self.format.read_feature(self.path, self.offset, self.size,
-                                        name).reshape(self.length, -1)
+        flat = tfrecord.read_feature(self.path, self.offset, self.size, name)
+        return flat.reshape(self.length, -1)
 
-    def load(self) -> tuple[Sequence, np.ndarray]:
-        """All pictures as they are stored, and all actions."""
+    def open(self, start: int, stop: int) -> tuple[Iterable, np.ndarray]:
+        """The pictures as they are stored, to be read one by one, and the actions."""
         dataset = self.dataset
         try:
-            images, actions = self.format.read(self.path, self.offset, self.size, dataset.image,
-                                               dataset.actions)
-            if len(images) != len(actions) or actions.ndim != 2:
-                raise DataError(f"it has {len(images)} frames and actions {list(actions.shape)}")
+            images, actions = format_of(self.path).read(
+                self.path, self.offset, self.size, dataset.image, dataset.actions, start, stop)
             if actions.shape[1] != dataset.action_dim:
                 raise DataError(f"its actions have {actions.shape[1]} numbers, not "
                                 f"{dataset.action_dim}")
@@ -169,9 +190,10 @@ class Episodes(Sequence):
     """Episodes of one data set, found by an index; an item is read only when it is looked into."""
 
     def __init__(self, dataset: DataSet, paths: list[Path], records: np.ndarray, short: int = 0,
-                 damaged: int = 0):
+                 damaged: int = 0, complaints: Sequence[str] = ()):
         self.dataset, self.paths, self.records = dataset, paths, records
         self.short, self.damaged = short, damaged  # how many were left out, and why
+        self.complaints = complaints  # what is wrong with the first of the damaged ones
 
     @property
     def lengths(self) -> np.ndarray:
@@ -185,19 +207,22 @@ class Episodes(Sequence):
         return Episode(self.dataset, self.paths[file], *record)
 
     def where(self, keep: np.ndarray) -> "Episodes":
-        return Episodes(self.dataset, self.paths, self.records[keep], self.short, self.damaged)
+        return Episodes(self.dataset, self.paths, self.records[keep], self.short, self.damaged,
+                        self.complaints)
 
 
 def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
-                  min_length: int = 1) -> Episodes:
+                  min_length: int = 1, fps: float | None = None) -> Episodes:
     """Open a data set; what is read is its index, not its frames.
 
     name        an entry of DATA_SETS
     root        the data set's folder, its version folder, or a folder above; None: see
                 `default_root`
-    split       "train", "val" or "all": shards named -val or -test are held out, or, where there
-                are none, the episodes whose names have the smallest hashes
+    split       "train", "val" or "all": shards named -val or -test are held out, or those that
+                the data set's protocol names, or else the episodes whose names have the smallest
+                hashes
     min_length  leave out episodes with fewer frames, and count them in `.short`
+    fps         frames per second, for a `folder` that does not say
 
     Raises DataError: no such folder, no shards in it, damaged shards, nothing left.
     """
@@ -205,28 +230,45 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
         raise DataError(f"there is no data set {name!r}; known are {', '.join(DATA_SETS)}")
     dataset = DATA_SETS[name]
     root = Path(root or default_root(name))
-    paths = find_files(root, dataset.shards)
-    records = load_index(dataset.shards, root, paths,
-                         lambda path: FORMATS.get(path.suffix, tfrecord).index(
-        path, dataset.image, dataset.actions))
+    expected = EXPECTED.get(name, f"{dataset.shards}*.tfrecord-* or *.npz files")
+    listing = list_files(root)
+    paths = find_files(root, listing, dataset.shards, dataset.files, expected)
+    if name == "folder":
+        dataset = replace(dataset, **describe_folder(root, listing, paths, fps))
+    records = load_index(dataset.shards or f"folder-{dataset.action_dim}", root, paths,
+                         lambda path: format_of(path).index(
+                             path, dataset.image, dataset.actions))
 
-    records = records[split_mask(paths, records, dataset.held_out, split)]
+    records = choose_split(paths, records, split, dataset.held_out, dataset.protocol)
     lengths = records[:, 4]
+    whole = Episodes(dataset, paths, records)
+    damaged = [complain(whole[i]) for i in np.flatnonzero(lengths < 0)[:3]]
     episodes = Episodes(dataset, paths, records[lengths >= max(min_length, 1)],
                         short=int(((lengths >= 0) & (lengths < min_length)).sum()),
-                        damaged=int((lengths < 0).sum()))
+                        damaged=int((lengths < 0).sum()), complaints=damaged)
     if not len(episodes):
         longest = lengths.max(initial=0)
         advice = f"; the longest has {longest}, so ask for clips of at most that"
-        advice = advice if longest > 0 else ""
+        advice = advice if longest > 0 else "".join(f"; {complaint}" for complaint in damaged)
         raise DataError(f"no episode of {name} in {root} (split {split!r}) can be used: "
                         f"{episodes.damaged} damaged, {episodes.short} shorter than {min_length} "
                         f"frames{advice}")
     return episodes
 
 
+def complain(episode: Episode) -> str:
+    """What is wrong with an episode that the index calls damaged."""
+    try:
+        episode.open(0, 1)
+    except DataError as error:
+        return str(error)
+    return f"episode {episode.name} is damaged"
+
+
 def default_root(name: str) -> Path:
     """`datasets/` if it holds shards of this data set, or else the bundled samples if they do."""
+    if name == "folder":
+        raise DataError("--data folder needs the folder of your episodes: name it with --root")
     for root in (Path("datasets"), SAMPLES):
         if any(root.rglob(f"{DATA_SETS[name].shards}*")):
             return root
@@ -234,24 +276,24 @@ def default_root(name: str) -> Path:
                     "folder with --root")
 
 
-def split_mask(paths: list[Path], records: np.ndarray, held_out: int, split: str) -> np.ndarray:
-    """Which records belong to a split, by their shard's name or else by a hash of their own."""
-    if split not in ("train", "val", "all"):
-        raise DataError(f"split is {split!r}; it must be train, val or all")
-    if split == "all":
-        return np.ones(len(records), bool)
-    named = np.array([bool(re.search(r"-(val|valid|validation|test)\b", path.name))
-                      for path in paths])
-    if named.any():
-        validation = named[records[:, 0]]
-    else:
-        names = [f"{paths[file].name}:{number}" for file, number in records[:, :2]]
-        keys = [hashlib.sha256(name.encode()).digest() for name in names]
-        order = sorted(range(len(records)), key=keys.__getitem__)
-        held_out = min(held_out, max(len(records) // 8, int(len(records) > 1)))
-        validation = np.zeros(len(records), bool)
-        validation[order[:held_out]] = True
-    return validation if split == "val" else ~validation
+def action_statistics(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of every number of an action, float64 [A] each, over whole episodes.
+
+    A damaged episode counts for nothing. Raises DataError if all are.
+    """
+    count, mean, scatter = 0, 0.0, 0.0
+    for episode in tqdm(episodes, "reading actions", disable=len(episodes) < 1000, leave=False):
+        try:
+            actions = episode.actions.astype(np.float64)
+        except DataError:
+            continue
+        n, m = len(actions), actions.mean(axis=0)
+        delta, count = m - mean, count + n
+        mean = mean + delta * n / count
+        scatter = scatter + ((actions - m) ** 2).sum(axis=0) + delta**2 * n * (count - n) / count
+    if not count:
+        raise DataError("the actions of no episode can be read")
+    return mean, np.sqrt(scatter / count)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,19 +307,45 @@ def fit_frames(frames: np.ndarray, height: int, width: int, how: str = "pad") ->
                  320×400 with 56 black columns on either side
          "crop"  as large as fills the picture; what stands over is cut off evenly
     """
-    H, W = frames.shape[1:3]
-    if (H, W) == (height, width):
+    if frames.shape[1:3] == (height, width):
         return frames
-    wider = height * W > width * H  # whether the frame is wider, for its height, than the picture
-    if wider == (how == "pad"):
-        size = width, -(-H * width // W)
-    else:
-        size = -(-W * height // H), height
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2  # negative where there is room left
+    rows, columns = fitted_size(frames.shape[1:3], height, width, how)
+    left, top = int((columns - width) / 2), int((rows - height) / 2)  # negative: room left
     box = (left, top, left + width, top + height)
-    resized = (Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR) for frame in frames)
+    resized = (Image.fromarray(frame).resize((columns, rows), Image.Resampling.BILINEAR)
+               for frame in frames)
     # black outside of the frame
     return np.stack([np.asarray(frame.crop(box)) for frame in resized])
+
+
+def fitted_size(aspect: tuple[int, int], height: int, width: int, how: str = "pad"
+                ) -> tuple[int, int]:
+    """Height and width of a frame of this aspect that just fits in, or just fills."""
+    H, W = aspect
+    wider = height * W > width * H  # whether the frame is wider, for its height, than the picture
+    if wider == (how == "pad"):
+        return -(-H * width // W), width
+    return height, -(-W * height // H)
+
+
+def cut_bars(frames: np.ndarray, dataset: DataSet) -> np.ndarray:
+    """Frames uint8 [..., H, W, 3] that `fit_frames` padded, without the black bars."""
+    H, W = frames.shape[-3:-1]
+    rows, columns = fitted_size(dataset.aspect, H, W) if dataset.fit == "pad" else (H, W)
+    top, left = (H - rows) // 2, (W - columns) // 2
+    return frames[..., top : top + rows, left : left + columns, :]
+
+
+def as_compared(frames: np.ndarray, dataset: DataSet) -> np.ndarray:
+    """Frames uint8 [..., H, W, 3] of a model, as the published figures compare them: with the bars
+    for RT-1; for CS:GO without, and at the size at which they were recorded."""
+    if not dataset.compare_at:
+        return frames
+    frames = cut_bars(frames, dataset)
+    pixels = torch.from_numpy(frames.reshape(-1, *frames.shape[-3:])).movedim(-1, 1).float()
+    small = torch.nn.functional.interpolate(pixels, dataset.compare_at, mode="bilinear")
+    small = small.round().to(torch.uint8).movedim(1, -1).numpy()
+    return small.reshape(*frames.shape[:-3], *small.shape[1:])
 
 
 def augment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -28,7 +28,7 @@ the frame before along: steps + 1 frames to compute, however long the history.
 Paper: section 4.2 and Algorithm 2 (action-guided, autoregressive sampling); settings in B.4.
 """
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,7 +42,9 @@ from commands import command, option, parse
 from data import (
     DATA_SETS,
     SAMPLES,
+    DataSet,
     Episodes,
+    as_compared,
     default_root,
     describe_action,
     fit_frames,
@@ -285,13 +287,14 @@ class WorldModel:
         return noise.to(self.model.device)
 
     def check_actions(self, actions: np.ndarray, shape: tuple[int, ...], batched: bool) -> Tensor:
-        """Actions as a tensor of this shape, the batch dimension added where the world has none."""
+        """Actions, in the data's own units, as a tensor of this shape for the network; the batch
+        dimension is added where the world has none."""
         actions = torch.from_numpy(to_numbers(actions)).to(self.model.device)
         actions = actions if batched else actions[None]
         if actions.shape != shape:
             raise RequestError(f"actions is {list(actions.shape)}; expected {list(shape)} (with "
                                "the batch dimension)")
-        return actions
+        return self.model.standardise(actions)
 
 
 def to_numbers(actions: object) -> np.ndarray:
@@ -380,8 +383,11 @@ def choose_actions(settings: Settings, recorded: np.ndarray, context: int
     return np.concatenate([recorded[: context - 1], future[:new]]), origin
 
 
-def open_data(settings: Settings) -> tuple[str, Episodes]:
-    """Name and held-out episodes of the data set asked for, or of the one that was trained on."""
+def open_data(settings: Settings, model: Model) -> tuple[str, Episodes]:
+    """Name and held-out episodes of the data set asked for, or of the one that was trained on.
+
+    Raises DataError for one whose actions the model does not take.
+    """
     path = Path(settings.checkpoint or TINY_WORLD)
     content = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     trained_on = content.get("data", {})
@@ -392,7 +398,28 @@ def open_data(settings: Settings) -> tuple[str, Episodes]:
     root = settings.root or trained_on.get("root") or default_root(name)
     print(f"world: {readable_path(path, TINY_WORLD)}, data: {name} from "
           f"{readable_path(root, SAMPLES)}")
-    return name, open_episodes(name, root, "val")
+    fps = trained_on.get("fps") if str(root) == trained_on.get("root") else None
+    episodes = open_episodes(name, root, "val", fps=fps)
+    compare_actions(name, episodes.dataset, model, trained_on.get("names"))
+    return name, episodes
+
+
+def compare_actions(name: str, dataset: DataSet, model: Model, learned: Sequence[str] | None = None
+                    ) -> None:
+    """Refuse a data set whose actions the model does not take; warn of what else differs.
+
+    learned  the names of the numbers that the model has learned from
+    """
+    if model.action_dim != dataset.action_dim:
+        raise DataError(f"{name} has actions of {dataset.action_dim} numbers, but this model takes "
+                        f"{model.action_dim}")
+    if learned and dataset.names and tuple(learned) != dataset.names:
+        raise DataError(f"the actions of {name} are {', '.join(dataset.names)}, but this model "
+                        f"has learned from {', '.join(learned)}")
+    told = model.config.unet.default_fps
+    if told != dataset.network_fps:
+        print(f"warning: {name} has {dataset.network_fps} frames a second, but this model has "
+              f"learned from {told}: its motions will come out faster or slower")
 
 
 def run(settings: Settings) -> None:
@@ -400,11 +427,8 @@ def run(settings: Settings) -> None:
     world = load_world(settings.checkpoint or TINY_WORLD, guidance=settings.guidance,
                        guidance_levels=levels, steps=settings.steps, eta=settings.eta,
                        seed=settings.seed)
-    name, episodes = open_data(settings)
-    dataset, config = DATA_SETS[name], world.model.config
-    if world.model.action_dim != dataset.action_dim:
-        raise DataError(f"{name} has actions of {dataset.action_dim} numbers, but this model takes "
-                        f"{world.model.action_dim}")
+    name, episodes = open_data(settings, world.model)
+    dataset, config = episodes.dataset, world.model.config
     if not 0 <= settings.episode < len(episodes):
         raise DataError(f"there is no episode {settings.episode}; 0 to {len(episodes) - 1} are "
                         "held out")
@@ -423,8 +447,9 @@ def run(settings: Settings) -> None:
     if origin == "the episode's":
         truth = fit_frames(frames[: len(imagined)], *config.size, config.fit)
         rows = {"truth": truth} | rows
-        ours = psnr(imagined, truth)[context:]
-        repeating = psnr(truth[context - 1 : context], truth)[context:]
+        ours, theirs = as_compared(imagined, dataset), as_compared(truth, dataset)
+        repeating = psnr(theirs[context - 1 : context], theirs)[context:]
+        ours = psnr(ours, theirs)[context:]
         for t, (db, baseline) in enumerate(zip(ours, repeating, strict=True), start=context):
             print(f"frame {t:3d}   PSNR {db:5.2f} dB   (repeating the last given: {baseline:5.2f})")
         print(f"mean of {len(ours)} imagined frames: {ours.mean():.2f} dB (repeating: "

@@ -36,10 +36,11 @@ from tqdm import tqdm
 from action_guidance import align_actions, drop_actions
 from commands import command
 from data import (
-    DATA_SETS,
     SAMPLES,
     Clips,
+    DataSet,
     Episodes,
+    action_statistics,
     collate,
     default_root,
     open_episodes,
@@ -87,7 +88,7 @@ class PostTraining(nn.Module):
                 latents = model.encode(pixels, noise=draws["posterior"]).float()  # [B, T, C, h, w]
             anchor_image = pixels[:, 0] * draws["keep_image"].view(-1, 1, 1, 1)
             context = model.context(model.image_tokens(anchor_image), frames.shape[1])
-            led_to = align_actions(actions) if model.action_dim else None
+            led_to = align_actions(model.standardise(actions)) if model.action_dim else None
 
             def denoise(x: Tensor, k: Tensor) -> Tensor:
                 return model.denoise(x, k, latents[:, :1], context, led_to, draws["action_mask"])
@@ -139,11 +140,13 @@ def prepare(settings: Settings, rank: int, device: torch.device
         check_folder(Path(settings.out), settings.resume, settings.overwrite)
     say = print if rank == 0 else lambda *words: None
     root = settings.root or default_root(settings.data)
-    episodes, held_out = (open_episodes(settings.data, root, split, settings.frames)
+    episodes, held_out = (open_episodes(settings.data, root, split, settings.frames, settings.fps)
                           for split in ("train", "val"))
     say(f"data: {settings.data} from {readable_path(root, SAMPLES)}: {len(episodes)} episodes to "
         f"train on, {len(held_out)} held out; left out: {episodes.short + held_out.short} shorter "
         f"than {settings.frames} frames, {episodes.damaged + held_out.damaged} damaged")
+    for complaint in [*episodes.complaints, *held_out.complaints]:
+        say(f"left out: {complaint}")
     base = readable_path(settings.base, TINY_BASE) if settings.base else "none, from scratch"
     say(f"base: {base}")
     model, saved = start_or_resume(settings, episodes, rank, device)
@@ -166,11 +169,13 @@ def start_or_resume(settings: Settings, episodes: Episodes, rank: int, device: t
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in saved["weights"])
     else:
-        saved, model = None, build_model(settings).to(device)
+        saved, model = None, build_model(settings, episodes.dataset).to(device)
         if rank == 0:
             write_settings(out, asdict(settings) | {"resume": False, "overwrite": False})
         if rank == 0 and not settings.base:
             pretrain_autoencoder(model, episodes, settings)
+        if rank == 0 and episodes.dataset.standardise and not settings.passive:
+            measure_actions(model, episodes)
     if not settings.passive and model.action_dim != episodes.dataset.action_dim:
         raise DataError(f"{settings.data} has actions of {episodes.dataset.action_dim} numbers, "
                         f"but the network in {out} takes {model.action_dim}")
@@ -181,10 +186,10 @@ def start_or_resume(settings: Settings, episodes: Episodes, rank: int, device: t
     return model, saved
 
 
-def build_model(settings: Settings) -> Model:
+def build_model(settings: Settings, dataset: DataSet) -> Model:
     """From a passive model (`--base`), or random."""
-    config, dataset = PRESETS[settings.preset], DATA_SETS[settings.data]
-    unet = replace(config.unet, default_fps=dataset.fps)
+    config = PRESETS[settings.preset]
+    unet = replace(config.unet, default_fps=dataset.network_fps)
     if not settings.passive:
         unet = replace(unet, causal=True, norm_scope=settings.norm_scope,
                        action_dim=dataset.action_dim)
@@ -211,6 +216,17 @@ def pretrain_autoencoder(model: Model, episodes: Episodes, settings: Settings) -
     batches = (to_pixels(batch[None].to(model.device))[0] for batch in frames)
     model.autoencoder.requires_grad_(True)
     fit_autoencoder(model.autoencoder, batches, steps, settings.bf16).requires_grad_(False)
+
+
+def measure_actions(model: Model, episodes: Episodes) -> None:
+    """Give the model the statistics of the actions that it will see."""
+    mean, deviation = action_statistics(episodes)
+    model.set_action_statistics(mean, deviation)
+    names = episodes.dataset.names or range(len(mean))
+    constant = [str(name) for name, number in zip(names, model.action_statistics[2], strict=True)
+                if number.isinf()]
+    if constant:
+        print(f"action {', '.join(constant)} never varies: nothing can be learned of what it does")
 
 
 # --------------------------------------------------------------------------------------------------

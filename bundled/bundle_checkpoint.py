@@ -22,7 +22,8 @@ from model.saving import PREFIXES, by_our_names, load_model, save
 
 
 def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.half() for name, tensor in weights.items()}
+    exact = ("action_statistics",)  # a few numbers, in units that a user compares with
+    return {name: tensor if name in exact else tensor.half() for name, tensor in weights.items()}
 
 
 def bundle_base(run: Path, out: Path) -> None:

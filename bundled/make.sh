@@ -16,7 +16,7 @@ $record --world drawer --split val --episodes 32 --out samples
 
 # 2. The base: a passive video model of the other tasks.
 python train.py --data rt1 --root recorded/others --passive --out runs/base --steps 1500 --cooldown 500 \
-    --warmup 100 --bf16 --set autoencoder_steps=3000 dropout=0 sample_every=100000
+    --bf16 --set autoencoder_steps=3000 dropout=0 sample_every=100000
 python -m bundled.bundle_checkpoint base runs/base checkpoints/tiny_base.pt
 
 # 3. The world: that base made causal, post-trained on the drawer with actions. Most frames of a clip are

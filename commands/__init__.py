@@ -23,6 +23,11 @@ def option(default: object, help: str, type: type | None = None, **words: object
     return field(default=default, metadata={"help": help, "type": type, "words": words})
 
 
+def argument(help: str, **words: object):
+    """A field of a settings class that is given by its place, without a name."""
+    return field(default="", metadata={"help": help, "type": None, "words": words, "place": True})
+
+
 def parse(settings_class: type, description: str, argv: Sequence[str] | None = None,
           complete: Callable | None = None, **defaults: object):
     """Settings from a command line. `defaults` replace those of the fields, in `--help` too.
@@ -51,6 +56,9 @@ def parse(settings_class: type, description: str, argv: Sequence[str] | None = N
 
 def add_option(parser: argparse.ArgumentParser, setting: Field, default: object) -> None:
     words = dict(setting.metadata["words"])
+    if "place" in setting.metadata:
+        parser.add_argument(setting.name, help=setting.metadata["help"], **words)
+        return
     kind = setting.metadata["type"] or (str if setting.default is None else type(setting.default))
     if kind is bool:
         either = setting.default is None  # --name, --no-name, or left out

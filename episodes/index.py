@@ -8,48 +8,67 @@ changes, whatever happened to the others.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from episodes.formats import episode_name
 from errors import DataError
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")  # a folder's name in TFDS
 
 
-def find_files(root: Path, prefix: str) -> list[Path]:
-    """The files of a data set in a folder and below, links to folders followed.
+Listing = list[tuple[str, list[str]]]  # folders, and the names of the files in each
 
-    TFRecord is preferred to .npz, names with the data set's prefix to others, and of several
-    versions of a data set the newest is taken. What a download has left half done (.gstmp, .part,
-    …) has another ending. Raises DataError if there is no such folder or nothing in it.
-    """
+
+def list_files(root: Path) -> Listing:
+    """A folder and all below it, links to folders followed; where links go round in circles, each
+    folder once. Raises DataError if there is no such folder."""
     if not root.is_dir():
         raise DataError(f"there is no folder {root}; give the one that holds the episodes (--root)")
-    found = sorted(walk(root))
+    visited, listing = set(), []
+    for folder, below, names in os.walk(root, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in visited:
+            below.clear()
+            continue
+        visited.add((stat.st_dev, stat.st_ino))
+        listing.append((folder, names))
+    return listing
+
+
+def find_files(root: Path, listing: Listing, prefix: str, wanted: str, expected: str
+               ) -> list[Path]:
+    """The files of a data set among those listed.
+
+    wanted    regular expression for their names
+    expected  what they are, in words
+
+    TFRecord is preferred to other files, names with the data set's prefix to others, and of several
+    versions of a data set the newest is taken. What a download has left half done (.gstmp, .part,
+    …) has another ending. Raises DataError if there is none.
+    """
+    search = re.compile(wanted).search
+    found = (os.path.join(folder, name) for folder, names in listing for name in names
+             if search(name))
+    found = [Path(path) for path in sorted(filter(os.path.isfile, found))]
     shards = [path for path in found if re.search(r"\.tfrecord(-\d+-of-\d+)?$", path.name)]
     shards = [path for path in shards if path.name.startswith(prefix)] or shards
     shards = newest_version(shards)
-    shards = shards or [path for path in found if path.suffix == ".npz"]
+    shards = shards or found
     if not shards:
-        raise DataError(f"{root} holds no episodes: expected {prefix}*.tfrecord-* or *.npz files "
-                        "in or below it")
+        raise DataError(f"{root} holds no episodes: expected {expected} in or below it")
     return shards
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """All files below a folder; where links go round in circles, each folder once."""
-    visited = set()
-    for folder, below, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            below.clear()
-            continue
-        visited.add(real)
-        yield from (Path(folder) / name for name in files if (Path(folder) / name).is_file())
+def stamp(path: Path) -> tuple[int, int]:
+    """Changes when the file does, or, beside an actions.npy, when a picture comes or goes."""
+    stat = os.stat(path)
+    folder = os.stat(os.path.dirname(path)).st_mtime_ns if path.suffix == ".npy" else 0
+    return stat.st_size, stat.st_mtime_ns + folder
 
 
 def newest_version(shards: list[Path]) -> list[Path]:
@@ -84,8 +103,8 @@ def load_index(name: str, root: Path, paths: list[Path],
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vid2world"
     kept = folder / f"{name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
     known = read_kept(kept)
-    names = [str(path.relative_to(root)) for path in paths]
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, paths)]
+    names = [str(path).removeprefix(f"{root}{os.sep}") for path in paths]
+    stamps = list(map(stamp, paths))
     changed = [i for i, name in enumerate(names) if known.get(name, (None,))[0] != stamps[i]]
     try:
         for i in tqdm(changed, desc="indexing", unit="file", disable=len(changed) < 20):
@@ -123,3 +142,46 @@ def write_kept(path: Path, known: dict[str, tuple[tuple[int, int], np.ndarray]])
         partial.replace(path)
     except OSError:
         pass  # nowhere to keep it: it will be made again
+
+
+def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: int,
+                 protocol: Path | None = None) -> np.ndarray:
+    """The rows of the index that belong to a split, "train", "val" or "all".
+
+    held_out  episodes, at most an eighth of all, unless files named -val or -test are held out, or
+              the protocol names some
+    protocol  file with lines of a held-out file's name and the frame at which its episode begins
+
+    Raises DataError for another split.
+    """
+    if split not in ("train", "val", "all"):
+        raise DataError(f"split is {split!r}; it must be train, val or all")
+    if split == "all":
+        return records
+    named = np.array([bool(re.search(r"-(val|valid|validation|test)\b", path.name))
+                      for path in paths])
+    begins = read_protocol(protocol)
+    begin = np.array([begins.get(path.name, -1) for path in paths])
+    if named.any():
+        validation = named[records[:, 0]]
+    elif (begin >= 0).any():
+        validation = begin[records[:, 0]] >= 0
+    else:
+        names = [episode_name(paths[file], number) for file, number in records[:, :2].tolist()]
+        keys = [hashlib.sha256(name.encode()).digest() for name in names]
+        order = sorted(range(len(records)), key=keys.__getitem__)
+        held_out = min(held_out, max(len(records) // 8, int(len(records) > 1)))
+        validation = np.zeros(len(records), bool)
+        validation[order[:held_out]] = True
+    chosen = records[validation if split == "val" else ~validation]
+    if split == "val" and (begin >= 0).any():  # an episode begins where the protocol says
+        first = begin[chosen[:, 0]].clip(0)
+        chosen = chosen + first[:, None] * np.array([0, 0, 1, 0, 0])
+        chosen[:, 4] = np.where(chosen[:, 4] < 0, -1, (chosen[:, 4] - first).clip(0))
+    return chosen
+
+
+def read_protocol(path: Path | None) -> dict[str, int]:
+    """Held-out file -> the frame at which its episode begins."""
+    rows = (line.split() for line in path.read_text().splitlines()) if path else ()
+    return {name: int(first) for name, first in rows}

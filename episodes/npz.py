@@ -4,6 +4,7 @@ A damaged file makes numpy and zipfile raise almost anything, from zlib.error to
 tokenize.TokenError. So whatever they raise is one DataError here. Nothing pickled is ever loaded.
 """
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -11,15 +12,13 @@ import numpy as np
 
 from errors import DataError
 
+Actions = tuple[tuple[str, int], ...]  # (feature, how many numbers it has), …: an action, in order
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def index(path: Path, image: str, actions: tuple[tuple[str, int], ...]
-          ) -> list[tuple[int, int, int]]:
+def index(path: Path, image: str, actions: Actions) -> list[tuple[int, int, int]]:
     """One row, (0, size, frames), from the arrays' headers alone; frames is -1 if the file is
     damaged.
-
-    actions  (feature, how many numbers it has), …: together the width of an action
 
     Raises DataError if the file is whole but holds something else.
     """
@@ -34,7 +33,7 @@ def index(path: Path, image: str, actions: tuple[tuple[str, int], ...]
     if missing:
         raise DataError(f"{path} has no {' and no '.join(sorted(m[:-4] for m in missing))}: "
                         "expected image [T, H, W, 3] and action [T, A]")
-    if not images or not taken:
+    if not images or not taken or images[0] != taken[0]:
         return [(0, size, -1)]
     if len(taken) == 2 and taken[1] != width:
         raise DataError(f"{path} does not hold this data set: its actions have {taken[1]} numbers, "
@@ -50,20 +49,42 @@ def shape_of(archive: ZipFile, name: str) -> tuple[int, ...]:
     return shape
 
 
-def read(path: Path, offset: int, size: int, image: str, actions: tuple[tuple[str, int], ...]
-         ) -> tuple[np.ndarray, np.ndarray]:
-    """Frames uint8 [T, H, W, 3] and actions float32 [T, A]. Raises DataError."""
+def read(path: Path, offset: int, size: int, image: str, actions: Actions, start: int, stop: int
+         ) -> tuple[Iterator[np.ndarray], np.ndarray]:
+    """Frames uint8 [H, W, 3] start .. stop-1, read when they are asked for, and their actions
+    float32 [T, A]. Raises DataError."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            frames, taken = arrays["image"], arrays["action"]
+        with ZipFile(path) as archive:
+            frames = shape_of(archive, "image")[0]
     except Exception as error:
-        raise DataError(f"it is no readable .npz ({type(error).__name__}: {error})") from None
+        raise unreadable(error) from None
+    taken = read_array(path, "action")
+    if taken.dtype.kind not in "buif" or taken.ndim != 2:
+        raise DataError(f"action is {taken.dtype} {list(taken.shape)}; expected real numbers "
+                        "[T, A]")
+    if frames != len(taken):
+        raise DataError(f"it has {frames} frames and {len(taken)} actions")
+    return read_frames(path, start, stop), taken[start:stop].astype(np.float32)
+
+
+def read_frames(path: Path, start: int, stop: int) -> Iterator[np.ndarray]:
+    frames = read_array(path, "image")
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
         raise DataError(f"image is {frames.dtype} {list(frames.shape)}; expected uint8 [T, H, W, "
                         "3]")
-    if taken.dtype.kind not in "buif":
-        raise DataError(f"action is of type {taken.dtype}; expected real numbers")
-    return frames, taken.astype(np.float32)
+    yield from frames[start:stop]
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except Exception as error:
+        raise unreadable(error) from None
+
+
+def unreadable(error: Exception) -> DataError:
+    return DataError(f"it is no readable .npz ({type(error).__name__}: {error})")
 
 
 def read_npy(path: str | Path) -> np.ndarray:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.crc32c import masked_crc32c
+from episodes.npz import Actions
 from errors import DataError
 
 Rows = list[tuple[int, int, int]]  # offset, size and frames of every record
@@ -27,7 +28,7 @@ Rows = list[tuple[int, int, int]]  # offset, size and frames of every record
 # Episodes: the two functions that a file format is
 
 
-def index(path: Path, image: str, actions: tuple[tuple[str, int], ...]) -> Rows:
+def index(path: Path, image: str, actions: Actions) -> Rows:
     """A row for every episode of a shard, found without reading its frames; frames is -1 if it is
     damaged.
 
@@ -48,9 +49,10 @@ def index(path: Path, image: str, actions: tuple[tuple[str, int], ...]) -> Rows:
     return rows
 
 
-def read(path: Path, offset: int, size: int, image: str, actions: tuple[tuple[str, int], ...]
+def read(path: Path, offset: int, size: int, image: str, actions: Actions, start: int, stop: int
          ) -> tuple[list[memoryview], np.ndarray]:
-    """The encoded pictures of an episode, and its actions float32 [T, A]. Raises DataError."""
+    """The encoded pictures start .. stop-1 of an episode, and their actions float32 [T, A]. Raises
+    DataError."""
     example = parse_example(read_record(path, offset, size))
     images = feature_bytes(example, image)
     columns = [feature_numbers(example, name) for name, _ in actions]
@@ -59,7 +61,7 @@ def read(path: Path, offset: int, size: int, image: str, actions: tuple[tuple[st
         counts = [len(column) for column in columns]
         raise DataError(f"{len(images)} frames do not go with {counts} action numbers")
     rows = [column.reshape(len(images), -1) for column in columns]
-    return images, np.concatenate(rows, axis=1).astype(np.float32)
+    return images[start:stop], np.concatenate(rows, axis=1)[start:stop].astype(np.float32)
 
 
 def read_feature(path: Path, offset: int, size: int, name: str) -> np.ndarray:
@@ -67,7 +69,7 @@ def read_feature(path: Path, offset: int, size: int, name: str) -> np.ndarray:
     return feature_numbers(parse_example(read_record(path, offset, size)), name)
 
 
-def count_frames(message: memoryview, image: str, actions: tuple[tuple[str, int], ...]) -> int:
+def count_frames(message: memoryview, image: str, actions: Actions) -> int:
     example = parse_example(message)
     feature_list(example, image)
     name, width = actions[0]

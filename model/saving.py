@@ -23,7 +23,7 @@ from dynamicrafter.checkpoint import (
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig
 from dynamicrafter.resampler import Resampler, ResamplerConfig
 from errors import CheckpointError
-from model.vid2world import PRESETS, Model, ModelConfig
+from model.vid2world import PRESETS, Model, ModelConfig, plain_statistics
 from unet import UNet, UNetConfig, carry_over, released_unet
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # the bundled ones
@@ -82,6 +82,7 @@ def assemble(checkpoint: dict[str, Tensor], config: ModelConfig, unet: UNet,
                                 source)
     model.schedule = NoiseSchedule(config.base_scale)
     model.text = torch.zeros(1, config.unet.context_dim)
+    model.action_statistics = plain_statistics(model.action_dim)
     if config.text_tower:
         tower = load_part(TextTower, config.text_tower, checkpoint, "cond_stage_model.model.",
                           source)
@@ -161,6 +162,7 @@ def load_model(path: str | Path) -> Model:
         raise CheckpointError(f"{path} is not a checkpoint of this project ({error})") from None
     model.schedule = NoiseSchedule(config.base_scale)
     model.text = weights.setdefault("text", torch.zeros(1, config.unet.context_dim))
+    weights.setdefault("action_statistics", plain_statistics(model.action_dim))
     model.sampling = content.get("sampling", {})
     return load_weights(model, weights, source=str(path))
 

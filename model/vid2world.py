@@ -60,6 +60,9 @@ PRESETS = {
 }
 
 
+WITHIN = 5.0  # deviations: actions farther out than any that was learned from are cut off there
+
+
 class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -72,6 +75,7 @@ class Model(nn.Module):
         self.resampler = Resampler(config.resampler)
         self.schedule = NoiseSchedule(config.base_scale)
         self.register_buffer("text", torch.zeros(1, config.unet.context_dim))
+        self.register_buffer("action_statistics", plain_statistics(self.action_dim))
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +97,20 @@ class Model(nn.Module):
         autoencoder, (height, width) = self.config.autoencoder, self.config.size
         factor = autoencoder.factor
         return autoencoder.latent_channels, height // factor, width // factor
+
+    def set_action_statistics(self, mean: np.ndarray, deviation: np.ndarray) -> None:
+        """Take actions [A] in units of their deviation from now on; a number that never varies is
+        left alone."""
+        varies = torch.from_numpy(deviation > 1e-6 * np.maximum(abs(mean), 1))
+        measured = torch.stack([torch.from_numpy(mean), torch.from_numpy(deviation),
+                                torch.full(mean.shape, WITHIN)]).float()
+        plain = plain_statistics(self.action_dim)
+        self.action_statistics = torch.where(varies, measured, plain).to(self.device)
+
+    def standardise(self, actions: Tensor) -> Tensor:
+        """Actions [..., A] in the data's own units -> in those that the network has learned."""
+        mean, deviation, within = self.action_statistics
+        return ((actions - mean) / deviation).clamp(-within, within)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels [B, T, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w]; with noise, a sample."""
@@ -139,6 +157,11 @@ class Model(nn.Module):
         """
         x = torch.cat([x, anchor.expand_as(x)], dim=2)
         return self.unet.predict(x, k, context, None, actions, action_mask, cache, alternatives)
+
+
+def plain_statistics(action_dim: int) -> Tensor:
+    """Mean, deviation and largest distance [3, A] with which `standardise` changes nothing."""
+    return torch.tensor([0.0, 1.0, float("inf")])[:, None].repeat(1, action_dim)
 
 
 def to_pixels(frames: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from commands import command, option, parse
 from data import DATA_SETS
 from errors import RequestError
 from model.saving import TINY_WORLD
+from play.keys import with_keys
 from play.server import PlayServer
 from sample import WorldModel, load_world, open_data
 
@@ -40,12 +41,12 @@ def play(settings: Settings) -> None:
     model = load_world(settings.checkpoint or TINY_WORLD).model
     options = {"guidance": settings.guidance, "steps": settings.steps}
     WorldModel(model, **options)  # refuses here what would otherwise end every player's stream
-    name, episodes = open_data(settings)
+    name, episodes = open_data(settings, model)
     # Half of the cores are left to the browser: threads that wait for each other all stand still
     # when it takes the core of one.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     server = PlayServer((settings.host, settings.port), lambda: WorldModel(model, **options),
-                        DATA_SETS[name], episodes, FASTEST)
+                        with_keys(episodes.dataset, model), episodes, FASTEST)
     try:
         if settings.host not in ("127.0.0.1", "localhost"):
             print(f"warning: everyone who can reach {settings.host} can play here, and there is no "

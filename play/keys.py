@@ -1,7 +1,29 @@
 """From keys to actions: what is pressed, and what that makes the robot do."""
+from dataclasses import replace
+
 import numpy as np
 
 from data import DataSet
+from episodes.actions import Key
+from model.vid2world import Model
+
+# For a data set that binds no keys: a pair for each of its first numbers.
+PAIRS = (("ArrowLeft", "ArrowRight"), ("ArrowDown", "ArrowUp"), ("s", "w"), ("a", "d"))
+
+
+def with_keys(dataset: DataSet, model: Model) -> DataSet:
+    """A data set with keys. Where it has none, a key takes a number two deviations from its mean,
+    and without a key all numbers are at their means."""
+    if dataset.keys:
+        return dataset
+    mean, deviation, within = model.action_statistics.cpu().numpy().astype(float)
+    varying = np.flatnonzero(np.isfinite(within))
+    names = dataset.names or [f"[{i}]" for i in range(len(mean))]
+    keys = {}
+    for pair, i in zip(PAIRS, varying, strict=False):
+        for key, sign in zip(pair, "-+", strict=True):
+            keys[key] = Key(sign + names[i], int(i), float(f"{sign}1") * 2 * deviation[i])
+    return replace(dataset, keys=keys, rest=tuple(mean), absolute=False)
 
 
 class Keyboard:
@@ -13,6 +35,7 @@ class Keyboard:
         # keys that were pressed since the last action, if only for a moment
         self.tapped: set[str] = set()
         self.signs = {name: 1.0 for name, key in dataset.keys.items() if key.toggles}
+        self.rest = np.array(dataset.rest or np.zeros(dataset.action_dim), np.float32)
 
     def __bool__(self) -> bool:
         return bool(self.down or self.tapped)
@@ -21,13 +44,23 @@ class Keyboard:
         self.tapped |= set(keys) - self.down
         self.down = set(keys)
 
+    def begin(self, action: np.ndarray) -> None:
+        """A world begins, in which this action [A] is taken first."""
+        if self.dataset.absolute:
+            self.rest = action.copy()
+
     def take_action(self) -> np.ndarray:
         """The action [A] of the keys down now or tapped since the last one."""
-        action = np.zeros(self.dataset.action_dim, np.float32)
+        action = self.rest.copy()
         for name in sorted(self.down | self.tapped):
             key = self.dataset.keys[name]
             if key.toggles and name in self.tapped:
                 self.signs[name] = -self.signs[name]
+            for group in self.dataset.one_hot:
+                if key.index in group:
+                    action[group.start : group.stop] = 0
             action[key.index] += key.value * self.signs.get(name, 1)
         self.tapped = set()
+        if self.dataset.absolute:
+            self.rest = action.copy()  # what was moved stays there
         return action

@@ -32,7 +32,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
 
-from data import DataSet, Episodes
+from data import DataSet, Episodes, describe_action
 from play.session import BadRequest, Session
 from sample import WorldModel
 
@@ -196,6 +196,7 @@ class Handler(BaseHTTPRequestHandler):
                 session.step(todo)
                 took.append(time.monotonic() - start)
                 self.event("frame", action=[round(float(a), 3) for a in todo],
+                           words=describe_action(session.dataset, todo),
                            fps=round(len(took) / sum(took), 1), **self.picture(session))
                 time.sleep(max(0, start + 1 / self.server.fastest - time.monotonic()))
 

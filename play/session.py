@@ -30,6 +30,7 @@ class Moment:
     """A frame of the play, and the world as it was then."""
     frame: np.ndarray  # uint8 [H, W, 3]
     window: Window
+    rest: np.ndarray  # the action [A] that no key would have made then
 
 
 class Session:
@@ -106,11 +107,14 @@ class Session:
             self.world.sampling = replace(self.world.sampling, guidance=value)
 
     def begin(self) -> None:
-        """The first frame of the next episode."""
+        """The first frames of the next episode."""
         self.start = (self.start + 1) % len(self.episodes)
+        frames, actions = self.episodes[self.start].read(0, self.dataset.context)
         with self.network:
-            self.world.reset(self.episodes[self.start].read(0, 1)[0])
-        self.remember(to_frames(self.world.window.pixels)[0, 0], anew=True)
+            self.world.reset(frames, actions[:-1])
+        with self.changed:
+            self.keyboard.begin(actions[-1])
+        self.remember(to_frames(self.world.window.pixels)[0, -1], anew=True)
         return_freed_memory()
 
     def step(self, action: np.ndarray) -> None:
@@ -127,7 +131,7 @@ class Session:
                 self.moments.clear()
                 self.played.clear()
             self.number += 1
-            self.moments[self.number] = Moment(frame, self.world.window)
+            self.moments[self.number] = Moment(frame, self.world.window, self.keyboard.rest)
             self.played.append((self.number, frame))
             while len(self.moments) > RING:
                 self.moments.popitem(last=False)
@@ -142,6 +146,7 @@ class Session:
             while self.played and self.played[-1][0] > number:
                 self.played.pop()
             self.world.go_back(self.moments[number].window)
+            self.keyboard.rest = self.moments[number].rest
         return_freed_memory()
 
     def newest(self) -> tuple[int, np.ndarray, list[int]]:

@@ -1,11 +1,13 @@
 """Commands run in this process, and what they must say."""
 import contextlib
+import importlib.util
 import io
 import re
 import signal
 import socket
 import tempfile
 from pathlib import Path
+from unittest import SkipTest
 
 
 @contextlib.contextmanager
@@ -18,6 +20,13 @@ def raises(kind: type[Exception], words: str):
         assert "\n" not in str(error), f"more than one line: {error}"
     else:
         raise AssertionError(f"no {kind.__name__} was raised")
+
+
+def needs(*packages: str) -> None:
+    """Skip a test where an optional package is not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise SkipTest(f"needs {' '.join(missing)}")
 
 
 def folder() -> Path:

@@ -1,11 +1,13 @@
 """Small data sets: a square that obeys, in RT-1's format."""
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data import DATA_SETS
+from episodes.actions import csgo_action
 from episodes.tfrecord import encode_example, write_records
 from testing.commands import folder
 
@@ -39,6 +41,38 @@ def make_rt1(lengths: list[int], shards: int = 1, name: str = "fractal20220817_d
     for s in range(shards):
         write_records(root / f"{name}.tfrecord-{s:05d}-of-{shards:05d}", payloads[s::shards])
     return root.parent
+
+
+def make_pictures(lengths: list[int], root: Path | None = None, width: int = 2, **info: object
+                  ) -> Path:
+    """A folder of one's own: episode i has lengths[i] pictures, and actions of `width` numbers of
+    which the first two move the square."""
+    root = root or folder() / "my_robot"
+    for i, length in enumerate(lengths):
+        frames, actions = make_episode(length, seed=i)
+        (episode := root / f"episode_{i:03d}").mkdir(parents=True)
+        for t, frame in enumerate(frames):
+            Image.fromarray(frame).save(episode / f"{t}.png")  # 2 comes before 10
+        numbers = np.zeros((length, width))
+        numbers[:, :2] = 3 + 50 * actions[:, 10:12]
+        np.save(episode / "actions.npy", numbers)
+    if info:
+        (root / "info.json").write_text(json.dumps(info))
+    return root
+
+
+def make_csgo(names: list[str], frames: int = 20) -> Path:
+    """Files of CS:GO's layout with random frames and actions."""
+    import h5py
+    root = folder()
+    for number, name in enumerate(names):
+        random = np.random.default_rng(number)
+        (root / "1-200").mkdir(exist_ok=True)
+        with h5py.File(root / "1-200" / name, "w") as file:
+            for i in range(frames):
+                file[f"frame_{i}_x"] = random.integers(0, 256, (150, 280, 3), dtype=np.uint8)
+                file[f"frame_{i}_y"] = csgo_action(["w"] * (i % 2), x=(0, 30)[i % 2])
+    return root
 
 
 def encode_jpeg(frame: np.ndarray) -> bytes:

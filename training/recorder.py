@@ -66,7 +66,8 @@ class Recorder:
         save(self.out / "checkpoint.pt", {
             "config": asdict(model.config), "sampling": model.sampling,
             "weights": trained_weights(model), "frozen": "frozen.pt",
-            "data": {"name": settings.data, "root": root},
+            "data": {"name": settings.data, "root": root, "fps": settings.fps,
+                     "names": self.held_out.dataset.names},
             "optimizer": self.optimizer.state_dict(), "step": step})
 
     def save_strip(self, step: int) -> None:

@@ -10,10 +10,10 @@ import torch
 
 from causal_conv import TRANSFER_METHODS
 from commands import option, parse
-from data import DATA_SETS
+from data import DATA_SETS, open_episodes
 from errors import RequestError
 from model.saving import TINY_BASE, preset_of
-from model.vid2world import PRESETS
+from model.vid2world import PRESETS, ModelConfig
 from temporal.norm import NORM_SCOPES
 from training.run_folder import read_settings
 
@@ -23,6 +23,8 @@ class Settings:
     """Of a run. The defaults are the paper's; LAPTOP has those of a small model."""
     data: str = option("rt1", "data set", choices=DATA_SETS)
     root: str | None = option(None, "its folder, or one above; else datasets/ or what is bundled")
+    fps: float | None = option(None, "its frames per second, where --data folder does not say",
+                               type=float)
     base: str | None = option(None, "passive model to start from: DynamiCrafter's checkpoint")
     scratch: bool = option(False, "start from random weights, but for the frozen parts of a --base")
     passive: bool = option(False, "pretrain a passive model: bidirectional, no actions, one level")
@@ -39,7 +41,6 @@ class Settings:
     batch: int = option(8, "clips per process and forward pass")
     accumulate: int = option(1, "forward passes per step")
     lr: float = option(1e-5, "learning rate")
-    warmup: int = option(100, "steps over which the learning rate rises")
     cooldown: int = option(0, "steps at the end over which it falls to zero")
     bf16: bool | None = option(None, "compute in bfloat16; if left out, on CUDA", type=bool)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
@@ -47,9 +48,11 @@ class Settings:
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames")
     seed: int = option(0, "of everything random")
     set: list[str] | None = option(None, "other settings of training/settings.py, such as "
-                                         "action_dropout=0", nargs="+")
+                                         "action_dropout=0", nargs="+",
+                                   action="extend")
     # Settings without an option, for --set.
     preset: str = "512"
+    warmup: int = 100  # steps over which the learning rate rises
     clip_grad: float = 0.5
     action_dropout: float = 0.2  # chance that a frame's action is hidden
     image_dropout: float = 0.05  # chance that a clip's anchor image is blank
@@ -108,9 +111,7 @@ def complete(settings: Settings) -> None:
                            "it with --base")
     preset = PRESETS[settings.preset]
     if not settings.size:
-        height, width = DATA_SETS[settings.data].aspect
-        small = [64, 64 * width // height]
-        settings.size = small if settings.preset == "tiny" else list(preset.size)
+        settings.size = small_size(settings) if settings.preset == "tiny" else list(preset.size)
     settings.bf16 = torch.cuda.is_available() if settings.bf16 is None else settings.bf16
     settings.shared_level = settings.shared_level or settings.passive
     for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every",
@@ -121,13 +122,27 @@ def complete(settings: Settings) -> None:
         raise RequestError(f"weighting is {settings.weighting!r}; it must be velocity or clean")
     if settings.workers < 0:
         raise RequestError(f"workers is {settings.workers}; it must be at least 0")
-    multiple = preset.autoencoder.factor * 2 ** (len(preset.unet.channel_mult) - 1)
+    multiple = smallest_side(preset)
     if any(side < 1 or side % multiple for side in settings.size):
         raise RequestError(f"size is {settings.size}; height and width must be multiples of "
                            f"{multiple}")
     if not 2 <= settings.frames <= preset.unet.num_frames:
         raise RequestError(f"frames is {settings.frames}; it must be between 2 and "
                            f"{preset.unet.num_frames}")
+
+
+def smallest_side(preset: ModelConfig) -> int:
+    """Of a picture that the autoencoder and the U-Net can halve as often as they do."""
+    return preset.autoencoder.factor * 2 ** (len(preset.unet.channel_mult) - 1)
+
+
+def small_size(settings: Settings) -> list[int]:
+    """64 pixels high, and about as wide as the data set's aspect asks for."""
+    dataset = DATA_SETS[settings.data]
+    if settings.data == "folder":
+        dataset = open_episodes("folder", settings.root, fps=settings.fps).dataset
+    (height, width), multiple = dataset.aspect, smallest_side(PRESETS["tiny"])
+    return [64, multiple * max(1, round(64 * width / height / multiple))]
 
 
 def convert(name: str, value: str, default: object) -> object:

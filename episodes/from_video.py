@@ -1,0 +1,109 @@
+"""Videos with tables of actions to folders of pictures: python -m episodes.from_video SRC DST
+
+    pip install av
+    python -m episodes.from_video recordings my_robot
+
+    recordings/drive_1.mp4  drive_1.csv       a video and a table of the same name, per episode
+               drive_2.mp4  drive_2.csv
+
+A row of a table is an action. The first line may name the columns. A column `timestamp` says when
+in the video, in seconds, each row was recorded, and so picks its frame. Without one, the table has
+a row for every frame.
+"""
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from commands import argument, command, parse
+from episodes.video import all_frames, frame_rate, frames_at, import_av
+from episodes.writing import write_episodes
+from errors import DataError
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
+TIME = "timestamp"
+
+
+@dataclass
+class Settings:
+    src: str = argument("folder with videos and tables")
+    dst: str = argument("folder for the episodes")
+
+
+def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
+    """Names of the columns (none, if the first line has numbers) and float64 [T, columns]."""
+    try:
+        with open(path, newline="") as file:
+            lines = [line for line in csv.reader(file) if line]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path.name} cannot be read ({error})") from None
+    names = []
+    if lines and not all(map(is_number, lines[0])):
+        names = [name.strip() for name in lines.pop(0)]
+    if not lines:
+        raise DataError(f"{path.name} has no rows")
+    widths = {len(line) for line in lines} | ({len(names)} if names else set())
+    if len(widths) > 1:
+        raise DataError(f"{path.name} has rows of different lengths ({sorted(widths)})")
+    for i, line in enumerate(lines):
+        if not all(map(is_number, line)):
+            raise DataError(f"{path.name}: row {i} holds {', '.join(line)[:60]!r}; expected "
+                            "numbers")
+    return names, np.array(lines, dtype=np.float64)
+
+
+def is_number(text: str) -> bool:
+    try:
+        return np.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def read_episode(video: Path, names: list[str]) -> tuple[Iterable, np.ndarray]:
+    """The frames and the actions of a video. Raises DataError where they do not match.
+
+    names  the columns of the first table, which all must have
+    """
+    table = video.with_suffix(".csv")
+    if not table.exists():
+        raise DataError(f"there is no {table.name} beside it")
+    found, rows = read_csv(table)
+    if found != names:
+        raise DataError(f"its columns are {', '.join(found) or 'without names'}; those of the "
+                        f"first are {', '.join(names) or 'without names'}")
+    if TIME not in names:
+        return all_frames(video, len(rows)), rows
+    column = names.index(TIME)
+    due = rows[:, column]
+    if (np.diff(due) <= 0).any():
+        raise DataError(f"the {TIME} column of {table.name} does not rise")
+    return (frames_at(video, due, frame_rate(video), whole=False),
+            np.delete(rows, column, axis=1))
+
+
+def convert(settings: Settings) -> None:
+    src = Path(settings.src).expanduser()
+    import_av()
+    videos = sorted(path for path in src.rglob("*") if path.suffix.lower() in VIDEOS)
+    tables = [path for path in videos if path.with_suffix(".csv").exists()]
+    if not tables:
+        raise DataError(f"{src} holds no video with a table beside it (episode.mp4, episode.csv)")
+    names, _ = read_csv(tables[0].with_suffix(".csv"))
+    numbers = [name for name in names if name != TIME]
+    info = {"fps": round(frame_rate(tables[0]), 3)} | ({"names": numbers} if numbers else {})
+    sources = (("_".join(video.relative_to(src).with_suffix("").parts),
+                partial(read_episode, video, names)) for video in videos)
+    write_episodes(sources, len(videos), Path(settings.dst), info)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = "Convert videos and tables of actions to folders of pictures."
+    return command("from_video", lambda: convert(parse(Settings, words, argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Episodes of one's own: what a folder says about them.
+
+Their size and that of their actions are read from the first of them. The rest may stand beside them
+in info.json, all of it optional:
+
+    {"fps": 5,
+     "names": ["dx", "dy", "gripper"],
+     "keys": {"ArrowRight": {"dx": 1}, "ArrowLeft": {"dx": -1}, "w": {"dy": 1, "label": "up"},
+              " ": {"gripper": 1, "toggles": true}},
+     "absolute": false}
+
+fps       frames per second
+names     of the numbers in an action, in order
+keys      for play: a browser's name of a key -> what it does to one number, in the data's own units
+absolute  whether actions say where to be and not how to move: a key then adds its value to where
+          the number is, and without a key all stay there
+"""
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from episodes import pictures
+from episodes.actions import Key
+from episodes.formats import format_of
+from episodes.images import decode_all
+from episodes.index import Listing, say
+from errors import DataError
+
+USUAL_FPS = 10
+
+
+@dataclass(frozen=True)
+class Info:
+    fps: float | None = None
+    names: tuple[str, ...] = ()
+    keys: dict[str, Key] = field(default_factory=dict)
+    absolute: bool = False
+
+
+def describe_folder(root: Path, listing: Listing, paths: list[Path], fps: float | None = None
+                    ) -> dict:
+    """What `data.DataSet` wants to know of a folder: fps, aspect, actions, names, keys, absolute.
+
+    listing, paths  all that lies there, and the episodes among it
+    fps             what the user says; it goes before info.json
+
+    Raises DataError if no episode can be read.
+    """
+    bare = sorted(os.path.basename(folder) for folder, names in listing
+                  if pictures.NAME not in names and pictures.holds_pictures(names))
+    if bare:
+        say(f"left out: {len(bare)} folders hold pictures and no actions.npy "
+            f"({', '.join(bare[:3])}{', …' if len(bare) > 3 else ''})")
+    first, actions = read_first(root, paths)
+    width = actions.shape[1]
+    info = read_info(root, width)
+    if not (fps or info.fps):
+        say(f"nothing says how many frames a second {root} has: taken to be {USUAL_FPS}; --fps or "
+            "an info.json say it")
+    return {"fps": fps or info.fps or USUAL_FPS, "aspect": first.shape[1:3],
+            "actions": (("action", width),), "names": info.names, "keys": info.keys,
+            "absolute": info.absolute}
+
+
+def read_first(root: Path, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """The first frame that can be read, [1, H, W, 3], and its action [1, A]. Raises DataError."""
+    complaints = []
+    for path in paths:
+        try:
+            frames, actions = format_of(path).read(path, 0, 0, "image", (), 0, 1)
+            return decode_all(frames), actions
+        except (DataError, OSError) as error:
+            complaints.append(f"{path.relative_to(root)}: {error}")
+    raise DataError(f"no episode in {root} can be read: {'; '.join(complaints[:3])}")
+
+
+def read_info(root: Path, width: int) -> Info:
+    """The info.json of a folder whose actions have `width` numbers, if there is one.
+
+    Raises DataError for one that cannot be meant.
+    """
+    path = root / "info.json"
+    if not path.exists():
+        return Info()
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no readable JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no JSON object")
+    unknown = set(content) - {"fps", "names", "keys", "absolute"}
+    if unknown:
+        raise DataError(f"{path} has {', '.join(sorted(unknown))}; it may have fps, names, keys "
+                        "and absolute")
+    fps, names = content.get("fps"), content.get("names", [])
+    if fps is not None and not (is_number(fps) and 0 < fps < 1000):
+        raise DataError(f"{path}: fps is {fps!r}; expected frames per second")
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)
+            and len(names) == len(set(names)) and len(names) in (0, width)):
+        raise DataError(f"{path}: names is {names!r:.80}; expected {width} different names, one "
+                        "for each number of an action")
+    if type(content.get("absolute", False)) is not bool:
+        raise DataError(f"{path}: absolute is {content['absolute']!r}; expected true or false")
+    keys = content.get("keys", {})
+    if not isinstance(keys, dict):
+        raise DataError(f"{path}: keys is no JSON object")
+    keys = {name: read_key(path, name, what, names) for name, what in keys.items()}
+    return Info(fps, tuple(names), keys, content.get("absolute", False))
+
+
+def read_key(path: Path, name: str, what: object, names: list[str]) -> Key:
+    """One of `keys`: {"dx": 1}, or with a label, or one that toggles."""
+    example = f'{path}: the key {name!r} is {what!r:.80}; expected one number\'s name and a value, '
+    if not isinstance(what, dict):
+        raise DataError(example + 'such as {"dx": 1}')
+    numbers = {name: value for name, value in what.items() if name not in ("label", "toggles")}
+    if len(numbers) != 1 or not all(name in names and is_number(value) and value
+                                    for name, value in numbers.items()):
+        raise DataError(example + f"the name one of {', '.join(names) or 'names (there are none)'}")
+    (number, value), = numbers.items()
+    toggles, label = what.get("toggles", False), what.get("label")
+    if type(toggles) is not bool or not isinstance(label, str | None):
+        raise DataError(example + 'beside it "label" (text) and "toggles" (true or false)')
+    sign = "" if toggles else "+" if value > 0 else "-"
+    return Key(label or sign + number, names.index(number), float(value), toggles)
+
+
+def is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # NaN and infinities are not

@@ -1,0 +1,86 @@
+"""Episodes written as folders of pictures, for what converts other formats into them.
+
+Each converter gives its episodes as (name, read), where read() returns the pictures, one by one,
+and the actions. An episode is written beside its place and then renamed, so an interrupted
+conversion goes on where it stopped. One that does not match itself is left out and named. No number
+is rounded: actions keep the type that they had.
+"""
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from episodes.images import decode
+from episodes.pictures import NAME
+from errors import DataError
+
+Source = tuple[str, Callable[[], tuple[Iterable, np.ndarray]]]
+
+
+def write_episodes(sources: Iterable[Source], total: int, out: Path, info: dict) -> None:
+    """Write episodes as folders below `out`, with an info.json that may be changed by hand.
+
+    Raises DataError if none could be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "info.json").exists():
+        (out / "info.json").write_text(json.dumps(info, indent=1))
+    written, complaints = 0, []
+    for name, read in tqdm(sources, "converting", total, unit="episode", disable=None):
+        if not (out / name / NAME).exists():
+            try:
+                write_episode(out / name, *read())
+            except DataError as error:
+                complaints.append(f"{name}: {error}")
+                tqdm.write(f"left out: {name}: {error}")
+                continue
+        written += 1
+    if not written:
+        raise DataError("; ".join(["no episode could be converted", *complaints[:1]]))
+    print(f"{written} episodes in {out}" + (f", {len(complaints)} left out" if complaints else ""))
+    print(f"train on them: python train.py --data folder --root {out}")
+
+
+def write_episode(folder: Path, pictures: Iterable, actions: np.ndarray) -> None:
+    """One episode, whole or not at all. Raises DataError for different counts."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        count = 0
+        for count, picture in enumerate(pictures, start=1):
+            content, ending = encode(picture)
+            (partial / f"{count - 1:06d}{ending}").write_bytes(content)
+        if count != len(actions):
+            raise DataError(f"it has {count} pictures and {len(actions)} rows of actions")
+        np.save(partial / NAME, actions)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def encode(picture: bytes | memoryview | np.ndarray) -> tuple[bytes, str]:
+    """A picture as the content of a file, and its ending. What is encoded stays as it is."""
+    if isinstance(picture, np.ndarray):
+        file = BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=95, subsampling=0)
+        return file.getvalue(), ".jpg"
+    decode(picture)  # raises DataError for one that is none
+    kind = Image.open(BytesIO(picture)).format.lower()
+    return bytes(picture), "." + {"jpeg": "jpg"}.get(kind, kind)
+
+
+def rows_of(columns: list[np.ndarray]) -> np.ndarray:
+    """Columns of numbers, [T] or [T, n] each, side by side in a type that holds them all exactly.
+
+    Raises DataError for anything but numbers.
+    """
+    for column in columns:
+        if column.dtype.kind not in "buif" or column.ndim > 2:
+            raise DataError(f"an action is {column.dtype} {list(column.shape)}; expected numbers")
+    return np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)

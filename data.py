@@ -54,6 +54,7 @@ class DataSet:
     told_fps: int | None = None  # the frame rate that the network is told, if it is another
     aspect: tuple[int, int] = (1, 1)  # height and width of its frames, up to a factor
     files: str = r"\.tfrecord(-\d+-of-\d+)?$|\.npz$"  # names of its files, a regular expression
+    expected: str = "TFRecord shards (*.tfrecord-*) or .npz files"  # the same, in words
     fit: str = "pad"  # how frames of another aspect than the model's are fitted: see `fit_frames`
     augment: bool = False  # whether training varies the colours and the place of the picture
     context: int = 1  # frames given at the start of a rollout
@@ -106,17 +107,17 @@ DATA_SETS = {
     # 500 of its files are held out, a clip each. The network is told RT-1's frame rate, and frames
     # are compared at the size at which they were recorded.
     "csgo": DataSet(
-        shards="hdf5_dm_july2021", files=r"\.hdf5$", fps=16, told_fps=3, aspect=(150, 280),
+        shards="hdf5_dm_july2021", files=r"\.hdf5$", expected="hdf5_dm_july2021_*.hdf5 files",
+        fps=16, told_fps=3, aspect=(150, 280),
         actions=(("steps/action", CSGO_WIDTH),), context=4, compare_at=(150, 280),
         protocol=Path(__file__).parent / "episodes" / "csgo_held_out.txt",
         keys=csgo_keys(), rest=tuple(csgo_action().tolist()), describe=describe_csgo,
         one_hot=(range(FIRST_X, FIRST_Y), range(FIRST_Y, CSGO_WIDTH))),
     # Your own: what is not said here is read from the files (episodes/own.py).
-    "folder": DataSet(files=r"^actions\.npy$|\.npz$", standardise=True),
+    "folder": DataSet(
+        files=r"^actions\.npy$|\.npz$", standardise=True,
+        expected="folders of pictures with an actions.npy, or .npz files (image, action)"),
 }
-
-EXPECTED = {"folder": "folders of pictures with an actions.npy, or .npz files",
-            "csgo": "hdf5_dm_july2021_*.hdf5 files"}
 
 
 def describe_action(dataset: DataSet, action: np.ndarray) -> str:
@@ -230,9 +231,8 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
         raise DataError(f"there is no data set {name!r}; known are {', '.join(DATA_SETS)}")
     dataset = DATA_SETS[name]
     root = Path(root or default_root(name))
-    expected = EXPECTED.get(name, f"{dataset.shards}*.tfrecord-* or *.npz files")
     listing = list_files(root)
-    paths = find_files(root, listing, dataset.shards, dataset.files, expected)
+    paths = find_files(root, listing, dataset.shards, dataset.files, dataset.expected)
     if name == "folder":
         dataset = replace(dataset, **describe_folder(root, listing, paths, fps))
     records = load_index(dataset.shards or f"folder-{dataset.action_dim}", root, paths,

@@ -56,7 +56,7 @@ from episodes.npz import read_npy
 from errors import CheckpointError, DataError, RequestError
 from model.memory import keep_freed_memory
 from model.sampling import Sampling
-from model.saving import TINY_WORLD, from_vid2world, load_model, readable_path
+from model.saving import TINY_WORLD, checkpoint_file, load_world_model, readable_path
 from model.vid2world import Model, to_frames, to_pixels
 from temporal.cache import Cache
 from viewing.pictures import save_gif, save_strip
@@ -322,10 +322,8 @@ def load_world(checkpoint: str | Path, device: str | torch.device | None = None,
     Raises CheckpointError for a file that cannot be used, RequestError for options out of range.
     """
     keep_freed_memory()
-    path, best = Path(checkpoint), "cuda" if torch.cuda.is_available() else "cpu"
-    released = path.is_file() and "config" not in read_checkpoint(path)
-    model = from_vid2world(path) if released else load_model(path)
-    return WorldModel(model.to(device or best), **options)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    return WorldModel(load_world_model(checkpoint).to(device or best), **options)
 
 
 def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context: int = 1
@@ -389,7 +387,7 @@ def open_data(settings: Settings, model: Model) -> tuple[str, Episodes]:
     Raises DataError for one whose actions the model does not take.
     """
     path = Path(settings.checkpoint or TINY_WORLD)
-    content = read_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    content = read_checkpoint(checkpoint_file(path))
     trained_on = content.get("data", {})
     name = settings.data or trained_on.get("name")
     if name not in DATA_SETS:

@@ -70,12 +70,14 @@ from episodes.tfrecord import (
 from errors import CheckpointError, DataError, RequestError, UserError
 from evaluation import ablations, controllability, evaluate, metrics, transfers
 from evaluation.nar import imagine_together
+from model import saving
 from model.sampling import TINY_SAMPLING
 from model.saving import (
     TINY_BASE,
     TINY_WORLD,
     from_dynamicrafter,
     from_vid2world,
+    from_world,
     load_model,
     preset_of,
 )
@@ -1098,6 +1100,34 @@ def test_a_folder_of_your_own_trains_rolls_out_and_plays():
             saying="actions of 2 numbers, but this model takes 3")
 
 
+@small_preset()
+def test_a_world_goes_on_with_other_actions():
+    out = folder()
+    assert run_command(train.main, *train_words(make_rt1([6] * 6), out / "one", steps=1))[0] == 0
+    words = ["--data", "folder", "--root", make_pictures([6] * 6, width=3, fps=5), "--base",
+             out / "one", "--out", out / "two", "--frames", 4, "--size", 32, 48, "--batch", 2,
+             "--workers", 0, "--steps", 1, "--set", "val_clips=2"]
+    code, output = run_command(train.main, *words, "warmup=1000000")
+    assert code == 0 and "action embedding new" in output, output
+    one, two = load_model(out / "one"), load_model(out / "two")
+    assert two.action_dim == 3 and two.config.size == (32, 48)
+    assert two.config.unet.default_fps == 5 and two.action_statistics[2, 0] == 5
+    theirs = dict(one.named_parameters())
+    same = [error_of(weight, theirs[name]) for name, weight in two.named_parameters()
+            if "action_emb" not in name and theirs[name].norm() > 0]
+    assert len(same) > 200 and max(same) < 1e-3
+    # actions of the same width keep their embedding
+    other = from_world(out / "one", replace(one.config, size=(32, 48)))
+    kept = [error_of(weight, theirs[name]) for name, weight in other.named_parameters()
+            if "action_emb" in name]
+    assert kept and max(kept) == 0 and other.config.size == (32, 48)
+    passive = out / "passive"
+    assert run_command(train.main, *train_words(make_rt1([6] * 6), passive, steps=1),
+                       "--passive")[0] == 0
+    refused(train.main, *words[:4], "--frames", 4, "--base", passive, "--out", out / "three",
+            saying="is a passive run: bundle it first")
+
+
 def test_the_51_numbers_of_csgo_are_read_in_words():
     assert describe_csgo(csgo_action(["w", "left click"], x=30)) == "w, left click, mouse +30, 0"
     assert describe_csgo(csgo_action()) == "mouse 0, 0"
@@ -1159,8 +1189,8 @@ def test_a_released_csgo_checkpoint_rolls_out():
     assert any("action_emb_preprocess" in name for name in names)
     released = {name: torch.randn(shape) * 0.05 for name, shape in names.items()}
     passive = [f"model.diffusion_model.{name}" for name in UNet(SMALL).state_dict()]
-    path, before = small_checkpoint(**dict.fromkeys(passive) | released), vars(sample).copy()
-    sample.from_vid2world = partial(from_vid2world, config=config)
+    path, before = small_checkpoint(**dict.fromkeys(passive) | released), sample.load_world
+    saving.from_vid2world = partial(from_vid2world, config=config)
     sample.load_world = partial(sample.load_world, overlap=2)
     try:
         code, output = run_command(
@@ -1173,7 +1203,7 @@ def test_a_released_csgo_checkpoint_rolls_out():
         tally = evaluate.evaluate(world, episodes, frames=6, context=4)
         assert tally.sums["psnr"].shape == (2,) and "psnr without bars" not in tally.sums
     finally:
-        vars(sample).update(before)
+        sample.load_world, saving.from_vid2world = before, from_vid2world
 
 
 def test_frames_are_compared_as_the_published_figures_were():
@@ -2226,6 +2256,7 @@ def test_a_player_drives_a_world_of_their_own():
         player.press("ArrowRight", "w")  # both are held: frame follows frame
         events = [player.next("frame") for _ in range(20)]
         assert all(event["action"] == [0] * 10 + [1, 0, 1] for event in events)
+        assert all(event["words"] == "+x  +z" for event in events)
         player.press()
         player.command("pause", True)
         newest = (events + player.until("setting"))[-1]

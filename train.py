@@ -53,7 +53,14 @@ from dynamicrafter.resampler import Resampler
 from errors import DataError
 from model.memory import keep_freed_memory
 from model.sampling import TINY_SAMPLING
-from model.saving import TINY_BASE, from_dynamicrafter, load_model, readable_path
+from model.saving import (
+    TINY_BASE,
+    from_dynamicrafter,
+    from_world,
+    is_world,
+    load_model,
+    readable_path,
+)
 from model.vid2world import PRESETS, Model, to_pixels
 from training.processes import (
     across_processes,
@@ -187,7 +194,7 @@ def start_or_resume(settings: Settings, episodes: Episodes, rank: int, device: t
 
 
 def build_model(settings: Settings, dataset: DataSet) -> Model:
-    """From a passive model (`--base`), or random."""
+    """From a passive model or another world (`--base`), or random."""
     config = PRESETS[settings.preset]
     unet = replace(config.unet, default_fps=dataset.network_fps)
     if not settings.passive:
@@ -195,7 +202,9 @@ def build_model(settings: Settings, dataset: DataSet) -> Model:
                        action_dim=dataset.action_dim)
     config = replace(config, unet=unet, size=tuple(settings.size), fit=dataset.fit)
     torch.manual_seed(settings.seed)
-    if settings.base:
+    if settings.base and not settings.passive and is_world(settings.base):
+        model = from_world(settings.base, config)
+    elif settings.base:
         model = from_dynamicrafter(settings.base, config, settings.transfer)
     else:
         model = Model(config)

@@ -383,17 +383,33 @@ def carry_over(checkpoint: dict[str, Tensor], config: UNetConfig, transfer: str,
                     if name in weights}
         done.append(f"{len(kernels)} temporal kernels carried over by {transfer!r}")
     if config.action_dim:
-        for part in (network.action_emb_preprocess, network.action_emb_proj):
-            for layer in part.modules():
-                if hasattr(layer, "reset_parameters"):
-                    layer.to_empty(device="cpu").reset_parameters()
-        weights |= {name: tensor for name, tensor in network.state_dict().items()
-                    if name.startswith("action_emb")}
+        weights |= new_action_embedding(network)
         done.append("action embedding new")
 
     load_weights(network, weights, source)
     print(f"U-Net from {source}: {', '.join(done)}")
     return network
+
+
+def new_action_embedding(network: UNet) -> dict[str, Tensor]:
+    """Initial weights of a network's action embedding, by name; the rest may be on meta."""
+    for part in (network.action_emb_preprocess, network.action_emb_proj):
+        for layer in part.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.to_empty(device="cpu").reset_parameters()
+    return {name: tensor for name, tensor in network.state_dict().items()
+            if name.startswith("action_emb")}
+
+
+def with_actions(network: UNet, action_dim: int) -> UNet:
+    """A network of a world model for actions of another width: its action embedding is new."""
+    if network.config.action_dim == action_dim:
+        return network
+    weights = {name: tensor for name, tensor in network.state_dict().items()
+               if not name.startswith("action_emb")}
+    with torch.device("meta"):
+        other = UNet(replace(network.config, action_dim=action_dim, action_table=False))
+    return load_weights(other, weights | new_action_embedding(other), "the world")
 
 
 def released_unet(checkpoint: dict[str, Tensor], config: UNetConfig, source: str) -> UNet:

@@ -24,7 +24,7 @@ from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowe
 from dynamicrafter.resampler import Resampler, ResamplerConfig
 from errors import CheckpointError
 from model.vid2world import PRESETS, Model, ModelConfig, plain_statistics
-from unet import UNet, UNetConfig, carry_over, released_unet
+from unet import UNet, UNetConfig, carry_over, released_unet, with_actions
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # the bundled ones
 TINY_BASE, TINY_WORLD = CHECKPOINTS / "tiny_base.pt", CHECKPOINTS / "tiny_world.pt"
@@ -67,6 +67,35 @@ def from_vid2world(path: str | Path, config: ModelConfig | None = None) -> Model
     return assemble(checkpoint, config, released_unet(checkpoint, unet, str(path)), path)
 
 
+def is_world(path: str | Path) -> bool:
+    """Whether a checkpoint is of a world model: a run of train.py, or one that was released."""
+    if "config" in read_checkpoint(checkpoint_file(path)):
+        return True
+    return any(".conv3d." in name for name in read_lightning(path))
+
+
+def load_world_model(path: str | Path) -> Model:
+    """The network of a world model, from a run of train.py or a released checkpoint."""
+    own = "config" in read_checkpoint(checkpoint_file(path))
+    return load_model(path) if own else from_vid2world(path)
+
+
+def from_world(path: str | Path, config: ModelConfig) -> Model:
+    """A model that goes on from a world model with other data: its actions, frame rate, size and
+    fit are those of `config`, all else stays. Raises CheckpointError."""
+    model = load_world_model(path)
+    if not model.config.unet.causal:
+        raise CheckpointError(f"{path} is a passive run: bundle it first (python -m "
+                              "bundled.bundle_checkpoint base)")
+    unet = with_actions(model.unet, config.unet.action_dim)
+    print(f"world from {path}: action embedding {'kept' if unet is model.unet else 'new'}")
+    unet.config = replace(unet.config, default_fps=config.unet.default_fps)
+    model.unet = unet
+    model.config = replace(model.config, unet=unet.config, size=config.size, fit=config.fit)
+    model.action_statistics = plain_statistics(config.unet.action_dim)
+    return model
+
+
 def assemble(checkpoint: dict[str, Tensor], config: ModelConfig, unet: UNet,
              source: str | Path) -> Model:
     """The parts around a U-Net, from the same checkpoint."""
@@ -98,9 +127,12 @@ def preset_of(path: str | Path) -> str:
     schedules differ, and the checkpoint's own `scale_arr` falls to the signal scale of its
     schedule.
     """
-    content = read_checkpoint(path)
+    content = read_checkpoint(checkpoint_file(path))
     if "preset" in content:
         return content["preset"]
+    if "config" in content:  # of a run: the one that is as wide
+        width = content["config"]["unet"]["model_channels"]
+        return "tiny" if width == PRESETS["tiny"].unet.model_channels else "512"
     scale = read_lightning(path).get("scale_arr")
     if scale is None or not len(scale):
         return "512"
@@ -128,6 +160,12 @@ def save(path: str | Path, content: dict) -> None:
     partial.replace(path)
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """The checkpoint of a run folder, or the file itself."""
+    path = Path(path)
+    return path / "checkpoint.pt" if (path / "checkpoint.pt").exists() else path
+
+
 def trained_weights(model: Model) -> dict[str, Tensor]:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name in trained}
@@ -145,8 +183,7 @@ def load_model(path: str | Path) -> Model:
     The checkpoint holds what was trained and the name of the file beside it that holds what stayed
     frozen.
     """
-    path = Path(path)
-    path = path / "checkpoint.pt" if (path / "checkpoint.pt").exists() else path
+    path = checkpoint_file(path)
     content = read_checkpoint(path)
     try:
         config = read_config(content["config"])

@@ -25,7 +25,7 @@ class Settings:
     root: str | None = option(None, "its folder, or one above; else datasets/ or what is bundled")
     fps: float | None = option(None, "its frames per second, where --data folder does not say",
                                type=float)
-    base: str | None = option(None, "passive model to start from: DynamiCrafter's checkpoint")
+    base: str | None = option(None, "what to start from: DynamiCrafter's checkpoint, or a world")
     scratch: bool = option(False, "start from random weights, but for the frozen parts of a --base")
     passive: bool = option(False, "pretrain a passive model: bidirectional, no actions, one level")
     transfer: str = option("mixed", "how temporal kernels become causal", choices=TRANSFER_METHODS)
@@ -118,6 +118,8 @@ def complete(settings: Settings) -> None:
                  "val_clips", "sample_every"):
         if getattr(settings, name) < 1:
             raise RequestError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    if settings.fps is not None and (settings.data != "folder" or not settings.fps > 0):
+        raise RequestError(f"fps is {settings.fps:g}; it must be above 0, and is for --data folder")
     if settings.weighting not in ("velocity", "clean"):
         raise RequestError(f"weighting is {settings.weighting!r}; it must be velocity or clean")
     if settings.workers < 0:

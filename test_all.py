@@ -2209,8 +2209,8 @@ def test_commands_refuse_bad_words_in_a_sentence():
     header = (out / "huge.npy").read_bytes()
     (out / "huge.npy").write_bytes(header.replace(b"(3, 13), }           ",
                                                   b"(999999999999, 13), }"))
-    model, load = load_model(TINY_WORLD), sample.load_model
-    sample.load_model = lambda path: model  # once is enough
+    model, load = load_model(TINY_WORLD), sample.load_world_model
+    sample.load_world_model = lambda path: model  # once is enough
     for words, saying in (
             (["--seed", 2**64], "between 0 and 2.63"), (["--out", "a\0b"], "null byte"),
             (["--frames", 0], "leave a frame to imagine"),
@@ -2229,7 +2229,7 @@ def test_commands_refuse_bad_words_in_a_sentence():
             (["--actions", out / "none.npy"], "No such file"),
             (["--actions", out], "Is a directory")):
         refused(sample.main, *words, saying=saying)
-    sample.load_model = load
+    sample.load_world_model = load
     for words, saying in ((["--port", 99999], "port is 99999"), (["--host", ""], "host is empty"),
                           (["--steps", 0], "steps is 0"),
                           (["--host", "nowhere.invalid"], "play: ")):

@@ -64,7 +64,7 @@ def convert(settings: Settings) -> None:
     shards = find_files(src, list_files(src), "", r"\.tfrecord(-\d+-of-\d+)?$",
                         "TFRecord files (*.tfrecord-*)")
     first = parse_example(next(walk_records(shards[0]))[2])
-    for name in {settings.image, *settings.action} - set(first):
+    for name in [name for name in (settings.image, *settings.action) if name not in first]:
         steps = sorted(feature for feature in first if feature.startswith("steps/"))
         raise DataError(f"there is no feature {name!r}; a step has {', '.join(steps)}")
     total = sum(1 for path in shards for _ in walk_records(path))

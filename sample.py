@@ -51,12 +51,11 @@ from data import (
     open_episodes,
 )
 from diffusion_forcing import rollout_levels
-from dynamicrafter.checkpoint import read_checkpoint
 from episodes.npz import read_npy
 from errors import CheckpointError, DataError, RequestError
 from model.memory import keep_freed_memory
 from model.sampling import Sampling
-from model.saving import TINY_WORLD, checkpoint_file, load_world_model, readable_path
+from model.saving import TINY_WORLD, load_world_model, readable_path
 from model.vid2world import Model, to_frames, to_pixels
 from temporal.cache import Cache
 from viewing.pictures import save_gif, save_strip
@@ -386,9 +385,7 @@ def open_data(settings: Settings, model: Model) -> tuple[str, Episodes]:
 
     Raises DataError for one whose actions the model does not take.
     """
-    path = Path(settings.checkpoint or TINY_WORLD)
-    content = read_checkpoint(checkpoint_file(path))
-    trained_on = content.get("data", {})
+    path, trained_on = Path(settings.checkpoint or TINY_WORLD), model.trained_on
     name = settings.data or trained_on.get("name")
     if name not in DATA_SETS:
         what = f"was trained on {name!r}, no data set here" if name else "names no data set"
@@ -396,8 +393,8 @@ def open_data(settings: Settings, model: Model) -> tuple[str, Episodes]:
     root = settings.root or trained_on.get("root") or default_root(name)
     print(f"world: {readable_path(path, TINY_WORLD)}, data: {name} from "
           f"{readable_path(root, SAMPLES)}")
-    fps = trained_on.get("fps") if str(root) == trained_on.get("root") else None
-    episodes = open_episodes(name, root, "val", fps=fps)
+    same = str(Path(root).resolve()) == trained_on.get("root")
+    episodes = open_episodes(name, root, "val", fps=trained_on.get("fps") if same else None)
     compare_actions(name, episodes.dataset, model, trained_on.get("names"))
     return name, episodes
 

@@ -210,7 +210,8 @@ def build_model(settings: Settings, dataset: DataSet) -> Model:
         model = Model(config)
     if settings.base and settings.scratch:  # keep what stays frozen
         model.unet, model.resampler = UNet(config.unet), Resampler(config.resampler)
-    model.sampling = TINY_SAMPLING if settings.preset == "tiny" else {}
+    if settings.preset == "tiny" and not model.sampling:
+        model.sampling = TINY_SAMPLING
     tower = model.image_tower
     never_used = (tower.ln_post, tower.proj)  # by which the tower would reach CLIP's space
     for part in (model.autoencoder, *((tower,) if settings.base else never_used)):

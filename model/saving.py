@@ -76,8 +76,8 @@ def is_world(path: str | Path) -> bool:
 
 def load_world_model(path: str | Path) -> Model:
     """The network of a world model, from a run of train.py or a released checkpoint."""
-    own = "config" in read_checkpoint(checkpoint_file(path))
-    return load_model(path) if own else from_vid2world(path)
+    content = read_checkpoint(checkpoint_file(path))
+    return load_model(path, content) if "config" in content else from_vid2world(path)
 
 
 def from_world(path: str | Path, config: ModelConfig) -> Model:
@@ -176,15 +176,15 @@ def frozen_weights(model: Model) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
 
 
-def load_model(path: str | Path) -> Model:
-    """A model that train.py saved: `path` is its run folder or a checkpoint in it. Raises
-    CheckpointError.
+def load_model(path: str | Path, content: dict | None = None) -> Model:
+    """A model that train.py saved: `path` is its run folder or a checkpoint in it, `content` what
+    `read_checkpoint` gives of it, if that is known. Raises CheckpointError.
 
     The checkpoint holds what was trained and the name of the file beside it that holds what stayed
     frozen.
     """
     path = checkpoint_file(path)
-    content = read_checkpoint(path)
+    content = content or read_checkpoint(path)
     try:
         config = read_config(content["config"])
         frozen = read_checkpoint(path.parent / content["frozen"])
@@ -200,7 +200,7 @@ def load_model(path: str | Path) -> Model:
     model.schedule = NoiseSchedule(config.base_scale)
     model.text = weights.setdefault("text", torch.zeros(1, config.unet.context_dim))
     weights.setdefault("action_statistics", plain_statistics(model.action_dim))
-    model.sampling = content.get("sampling", {})
+    model.sampling, model.trained_on = content.get("sampling", {}), content.get("data", {})
     return load_weights(model, weights, source=str(path))
 
 

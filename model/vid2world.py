@@ -69,6 +69,7 @@ class Model(nn.Module):
         self.config = config
         # what measurement found best for this model: see `model.sampling.Sampling`
         self.sampling: dict = {}
+        self.trained_on: dict = {}  # its data set, where that is known: name, root, fps, names
         self.unet = UNet(config.unet)
         self.autoencoder = Autoencoder(config.autoencoder)
         self.image_tower = ImageTower(config.image_tower)

@@ -1,7 +1,7 @@
 """Small models and checkpoints with random weights, spied passes, short runs."""
 import contextlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig
 from dynamicrafter.resampler import Resampler, ResamplerConfig
+from model.saving import save
 from model.vid2world import PRESETS, Model
 from sample import WorldModel
 from testing.commands import folder
@@ -90,6 +91,18 @@ def small_episode(T: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     return random.integers(0, 256, (T, 16, 16, 3),
                            dtype=np.uint8), random.standard_normal((T, 13)).astype(np.float32)
+
+
+def save_world(out: Path, **changes: object) -> Path:
+    """A run folder with the preset's model as it was before its first step."""
+    tiny = PRESETS["tiny"]
+    unet = replace(tiny.unet, **{"causal": True, "norm_scope": "frame", "action_dim": 13} | changes)
+    model = Model(replace(tiny, unet=unet, size=(32, 32)))
+    out.mkdir(parents=True)
+    save(out / "frozen.pt", {"weights": {}})
+    save(out / "checkpoint.pt", {"config": asdict(model.config), "weights": model.state_dict(),
+                                 "sampling": {"steps": 1}, "frozen": "frozen.pt", "step": 0})
+    return out
 
 
 def passes_of(world: WorldModel) -> list[tuple[Tensor, Tensor, Tensor]]:

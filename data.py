@@ -29,6 +29,8 @@ from episodes.actions import (
     CSGO_WIDTH,
     FIRST_X,
     FIRST_Y,
+    MOUSE_X,
+    MOUSE_Y,
     Key,
     csgo_action,
     csgo_keys,
@@ -66,7 +68,8 @@ class DataSet:
     names: tuple[str, ...] = ()
     keys: dict[str, Key] = field(default_factory=dict)  # a browser's name of a key -> what it does
     rest: tuple[float, ...] = ()  # the action without a key; () is zeros
-    one_hot: tuple[range, ...] = ()  # numbers of which exactly one is 1
+    # the mouse's motion, sideways and down: first number of a one-hot, and the counts of its bins
+    mouse: tuple[tuple[int, tuple[int, ...]], ...] = ()
     absolute: bool = False  # actions say where to be: a key adds to where that is
     describe: Callable[[np.ndarray], str] | None = None  # an action in words
 
@@ -105,19 +108,25 @@ DATA_SETS = {
               "w": Key("+z", 2, 0.03), "s": Key("-z", 2, -0.03),
               " ": Key("gripper", 6, 1, toggles=True)}),
     # 500 of its files are held out, a clip each. The network is told RT-1's frame rate, and frames
-    # are compared at the size at which they were recorded.
+    # are compared at the size at which they were recorded. TFRecord shards are of the arena, a hall
+    # of Doom's in the same layout: see ARENA.
     "csgo": DataSet(
-        shards="hdf5_dm_july2021", files=r"\.hdf5$", expected="hdf5_dm_july2021_*.hdf5 files",
+        shards="hdf5_dm_july2021", files=r"\.hdf5$|\.tfrecord-\d+-of-\d+$",
+        expected="hdf5_dm_july2021_*.hdf5 files", image="steps/observation/image",
         fps=16, told_fps=3, aspect=(150, 280),
         actions=(("steps/action", CSGO_WIDTH),), context=4, compare_at=(150, 280),
         protocol=Path(__file__).parent / "episodes" / "csgo_held_out.txt",
         keys=csgo_keys(), rest=tuple(csgo_action().tolist()), describe=describe_csgo,
-        one_hot=(range(FIRST_X, FIRST_Y), range(FIRST_Y, CSGO_WIDTH))),
+        mouse=((FIRST_X, MOUSE_X), (FIRST_Y, MOUSE_Y))),
     # Your own: what is not said here is read from the files (episodes/own.py).
     "folder": DataSet(
         files=r"^actions\.npy$|\.npz$", standardise=True,
         expected="folders of pictures with an actions.npy, or .npz files (image, action)"),
 }
+
+
+# What `bundled/record_arena.py` records differs from CS:GO in this.
+ARENA = {"fps": 9, "told_fps": None, "aspect": (64, 80), "compare_at": None}
 
 
 def describe_action(dataset: DataSet, action: np.ndarray) -> str:
@@ -235,6 +244,8 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     paths = find_files(root, listing, dataset.shards, dataset.files, dataset.expected)
     if name == "folder":
         dataset = replace(dataset, **describe_folder(root, listing, paths, fps))
+    if name == "csgo" and paths[0].suffix != ".hdf5":
+        dataset = replace(dataset, **ARENA)
     records = load_index(dataset.shards or f"folder-{dataset.action_dim}", root, paths,
                          lambda path: format_of(path).index(
                              path, dataset.image, dataset.actions))

@@ -43,6 +43,7 @@ import sample
 import train
 import unet
 from action_guidance import align_actions, drop_actions, guide
+from bundled import record_arena
 from bundled.bundle_checkpoint import bundle_base, bundle_world
 from bundled.tune_decoder import tune_decoder
 from causal_conv import TRANSFER_METHODS, TemporalConv, transfer_weights
@@ -1129,6 +1130,42 @@ def test_the_51_numbers_of_csgo_are_read_in_words():
     keyboard.press(["w", "ArrowRight", "Enter"])
     assert data.describe_action(DATA_SETS["csgo"], keyboard.take_action()) == (
         "w, left click, mouse +60, 0")
+    keyboard.press(["w"])
+    keyboard.move([20, 0])
+    keyboard.move([70, -3])  # the nearest bins of 90 and -3
+    assert describe_csgo(keyboard.take_action()) == "w, mouse +100, -4"
+    assert describe_csgo(keyboard.take_action()) == "w, mouse 0, 0"
+
+
+def test_the_arena_is_recorded_in_csgos_layout():
+    text = record_arena.map_text(hall := record_arena.draw_hall(0))
+    assert text.count("linedef") == text.count("vertex") == 4 + 4 * len(hall["pillars"])
+    assert set(hall["walls"]) <= set(re.findall(r'texturemiddle = "(\w+)"', text))
+    record_arena.write_wad(path := folder() / "hall.wad", text)
+    content = path.read_bytes()
+    count, directory = np.frombuffer(content[4:12], "<i4")
+    lumps = {}
+    for entry in (content[directory + 16 * i :][:16] for i in range(count)):
+        begin, size = np.frombuffer(entry[:8], "<i4")
+        lumps[entry[8:].rstrip(b"\0")] = content[begin : begin + size]
+    assert list(lumps) == [b"MAP01", b"TEXTMAP", b"ENDMAP"] and lumps[b"TEXTMAP"] == text.encode()
+    random, payloads = np.random.default_rng(0), []
+    for behaviour in record_arena.BEHAVIOURS:
+        planned = record_arena.plan(behaviour, random, 24)
+        counts = np.array([count for _, count in planned])
+        assert len(planned) == 24 and abs(counts).max() <= record_arena.FASTEST
+        actions = np.array([csgo_action(sorted(down), x=count) for down, count in planned])
+        frames = random.integers(0, 256, (24, 64, 80, 3), dtype=np.uint8)
+        payloads.append(encode_example({
+            "steps/observation/image": [encode_jpeg(frame) for frame in frames],
+            "steps/action": actions.ravel(), "steps/observation/pose": np.zeros(72, np.float32)}))
+    write_records(path.parent / "csgo_arena-val.tfrecord-00000-of-00001", payloads)
+    episodes = open_episodes("csgo", path.parent, "val")
+    assert len(episodes) == 6 and episodes.dataset.aspect == (64, 80)
+    assert episodes.dataset.network_fps == 9 and episodes[0].actions.shape == (24, 51)
+    assert np.array_equal(episodes[5].actions, actions)
+    assert episodes[0].feature("steps/observation/pose").shape == (24, 3)
+    assert data.as_compared(episodes[0].frames, episodes.dataset).shape == (24, 64, 80, 3)
 
 
 def test_the_held_out_clips_of_csgo_are_the_published_ones():
@@ -2309,6 +2346,9 @@ def test_malformed_requests_are_refused_and_harm_nobody():
             (400, "POST", keys, {"keys": "w"}), (400, "POST", keys, {"keys": ["q"]}),
             (400, "POST", keys, {"keys": [["w"]]}), (400, "POST", keys, {"keys": ["w"] * 99}),
             (400, "POST", keys, {"keys": None}), (400, "POST", keys, {}),
+            (400, "POST", keys, {"keys": [], "mouse": 3}),
+            (400, "POST", keys, {"keys": [], "mouse": [1, "2"]}),
+            (400, "POST", keys, {"keys": [], "mouse": [10**400, 0]}),
             (400, "POST", command, {"command": "format"}),
             (400, "POST", command, {"command": ["reset"]}),
             (400, "POST", command, {"command": "pause", "value": 1}),

@@ -36,13 +36,17 @@ class Keyboard:
         self.tapped: set[str] = set()
         self.signs = {name: 1.0 for name, key in dataset.keys.items() if key.toggles}
         self.rest = np.array(dataset.rest or np.zeros(dataset.action_dim), np.float32)
+        self.moved = np.zeros(2)  # counts of the mouse since the last action, sideways and down
 
     def __bool__(self) -> bool:
-        return bool(self.down or self.tapped)
+        return bool(self.down or self.tapped or self.moved.any())
 
     def press(self, keys: list[str]) -> None:
         self.tapped |= set(keys) - self.down
         self.down = set(keys)
+
+    def move(self, motion: list[float]) -> None:
+        self.moved += motion
 
     def begin(self, action: np.ndarray) -> None:
         """A world begins, in which this action [A] is taken first."""
@@ -52,15 +56,25 @@ class Keyboard:
     def take_action(self) -> np.ndarray:
         """The action [A] of the keys down now or tapped since the last one."""
         action = self.rest.copy()
+        for (first, bins), count in zip(self.dataset.mouse, self.moved, strict=False):
+            if count:
+                self.choose(action, first + int(np.abs(np.subtract(bins, count)).argmin()))
         for name in sorted(self.down | self.tapped):
             key = self.dataset.keys[name]
             if key.toggles and name in self.tapped:
                 self.signs[name] = -self.signs[name]
-            for group in self.dataset.one_hot:
-                if key.index in group:
-                    action[group.start : group.stop] = 0
-            action[key.index] += key.value * self.signs.get(name, 1)
-        self.tapped = set()
+            if not self.choose(action, key.index):
+                action[key.index] += key.value * self.signs.get(name, 1)
+        self.tapped, self.moved = set(), np.zeros(2)
         if self.dataset.absolute:
             self.rest = action.copy()  # what was moved stays there
         return action
+
+    def choose(self, action: np.ndarray, index: int) -> bool:
+        """Make this number the one that is 1, if it is one of a motion of the mouse."""
+        for first, bins in self.dataset.mouse:
+            if first <= index < first + len(bins):
+                action[first : first + len(bins)] = 0
+                action[index] = 1
+                return True
+        return False

@@ -2,7 +2,8 @@
 
     GET  /api/stream          opens a world of one's own; every frame comes as a server-sent event
                               as soon as it is imagined; the world lives as long as the connection
-    POST /api/keys            {"session", "keys"}: which keys are down
+    POST /api/keys            {"session", "keys"}: which keys are down; "mouse": its motion since
+                              the last time, where a data set has one
     POST /api/command         {"session", "command", "value"}: reset, pause, idle, guidance, branch
     GET  /api/gif?session=…   what was played, as an animation
 
@@ -60,6 +61,15 @@ def check_keys(content: dict, dataset: DataSet) -> list[str]:
             isinstance(key, str) and key in known for key in keys):
         raise BadRequest(400, f"keys must be a list of some of {', '.join(known)}")
     return keys
+
+
+def check_mouse(content: dict, dataset: DataSet) -> list[float]:
+    """Counts sideways and down."""
+    motion = content.get("mouse", [0, 0])
+    if not isinstance(motion, list) or len(motion) != 2 or not all(
+            type(count) in (int, float) and abs(count) <= 10_000 for count in motion):
+        raise BadRequest(400, "mouse must be two counts of at most 10000")
+    return motion if dataset.mouse else [0, 0]
 
 
 def check_command(content: dict) -> tuple[str, object]:
@@ -145,7 +155,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def take_keys(self) -> None:
         session, content = self.read_request()
-        session.press(check_keys(content, session.dataset))
+        session.press(check_keys(content, session.dataset),
+                      check_mouse(content, session.dataset))
         self.send(200, "application/json", b"{}")
 
     def take_command(self) -> None:
@@ -172,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
             sampling = session.world.sampling
             keys = {key: what.label for key, what in session.dataset.keys.items()}
             self.event("hello", session=name, keys=keys, steps=sampling.steps,
-                       guidance=sampling.guidance)
+                       guidance=sampling.guidance, mouse=bool(session.dataset.mouse))
             self.event("reset", **self.picture(session))
             self.play(session)
         finally:

@@ -50,9 +50,10 @@ class Session:
 
     # What requests do
 
-    def press(self, keys: list[str]) -> None:
+    def press(self, keys: list[str], motion: list[float]) -> None:
         with self.changed:
             self.keyboard.press(keys)
+            self.keyboard.move(motion)
             self.changed.notify()
 
     def order(self, command: str, value: object) -> None:

@@ -141,8 +141,8 @@ def smallest_side(preset: ModelConfig) -> int:
 def small_size(settings: Settings) -> list[int]:
     """64 pixels high, and about as wide as the data set's aspect asks for."""
     dataset = DATA_SETS[settings.data]
-    if settings.data == "folder":
-        dataset = open_episodes("folder", settings.root, fps=settings.fps).dataset
+    if settings.data in ("folder", "csgo"):  # whose frames may be of any size
+        dataset = open_episodes(settings.data, settings.root, fps=settings.fps).dataset
     (height, width), multiple = dataset.aspect, smallest_side(PRESETS["tiny"])
     return [64, multiple * max(1, round(64 * width / height / multiple))]
 

@@ -1,0 +1,281 @@
+"""Record a small first-person game: a hall of Doom's, walked through (ViZDoom, Freedoom's art), in
+CS:GO's layout of 51 numbers.
+
+    pip install vizdoom
+    python -m bundled.record_arena --world arena --split train --episodes 1200 --out recorded/arena
+    python -m bundled.record_arena --world arena --split val --out recorded/arena
+    python -m bundled.record_arena --world others --split train --episodes 1200 --out recorded/halls
+
+`arena` is one hall, with four walls that differ and three pillars: small enough to be known by
+heart. `others` are 200 more, drawn at random, for pretraining a passive video model: their actions
+are not written down.
+
+One frame spans four of the game's 35 tics a second. The mouse turns by at most five degrees a
+frame, in CS:GO's bins. What an action does must not be a habit, so episodes differ in behaviour:
+
+    wander   forward for the most part, turning smoothly
+    strafe   sideways, turning slowly
+    turn     on the spot, at one speed
+    wall     straight on, until the wall stops it and beyond
+    still    nothing, but a shot now and then
+    keys     any keys, each held for a while
+
+The maps are written here, as text; the game builds the rest. The player's true place (x, y in map
+units, and angle in degrees) is recorded beside each frame.
+"""
+import argparse
+import json
+import multiprocessing
+import tempfile
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from bundled.record_drawer import to_jpeg
+from episodes.actions import MOUSE_X, csgo_action
+from episodes.tfrecord import encode_example, write_records
+
+HEIGHT, WIDTH = 64, 80
+TICS = 4  # of the game, per frame
+DEGREES = 0.05  # that one count of the mouse turns
+FASTEST = 100  # counts a frame
+BEHAVIOURS = ("wander", "strafe", "turn", "wall", "still", "keys")
+WALLS = ("BRICK7", "COMPBLUE", "WOOD5", "MARBLE1", "REDWALL", "TEKGREN1", "STONE2", "BROWN1",
+         "METAL1", "GSTONE1", "BIGDOOR2", "SILVER1", "TEKWALL1", "ZIMMER2", "BROVINE2", "BRONZE1")
+FLOORS = ("FLOOR4_8", "FLOOR0_1", "GRASS1", "FLAT5_4", "RROCK10", "FLOOR5_1", "MFLR8_1", "FLAT14")
+CEILINGS = ("CEIL3_5", "CEIL1_1", "F_SKY1", "FLAT19", "CEIL5_1", "FLOOR7_1", "RROCK03")
+
+
+# --------------------------------------------------------------------------------------------------
+# Maps
+
+
+def draw_hall(seed: int) -> dict:
+    """A hall at random: half its sides, the textures of its four walls, its pillars (x, y, half a
+    side, texture), floor, ceiling and light. Hall 0 is the arena."""
+    if seed == 0:
+        return {"half": (320, 320), "walls": ["BRICK7", "COMPBLUE", "WOOD5", "MARBLE1"],
+                "pillars": [(150, 130, 32, "REDWALL"), (-170, -60, 32, "TEKGREN1"),
+                            (60, -190, 24, "SILVER1")],
+                "floor": "FLOOR4_8", "ceiling": "CEIL3_5", "light": 208}
+    random = np.random.default_rng(seed)
+    half = tuple(int(side) for side in random.integers(224, 449, 2))
+    pillars = []
+    for x, y in random.uniform(-0.75, 0.75, (int(random.integers(1, 5)), 2)) * half:
+        if max(abs(x), abs(y)) > 100:  # the player begins in the middle
+            half_side, texture = int(random.integers(16, 49)), str(random.choice(WALLS))
+            pillars.append((int(x), int(y), half_side, texture))
+    return {"half": half, "walls": [str(wall) for wall in random.choice(WALLS, 4)],
+            "pillars": pillars, "floor": str(random.choice(FLOORS)),
+            "ceiling": str(random.choice(CEILINGS)), "light": int(random.integers(144, 241))}
+
+
+def map_text(hall: dict) -> str:
+    """A hall in UDMF, Doom's format for maps as text."""
+    def block(kind: str, **values: object) -> str:
+        return kind + " { " + " ".join(f"{name} = {json.dumps(value)};"
+                                       for name, value in values.items()) + " }\n"
+
+    w, h = hall["half"]
+    loops = [([(-w, -h), (-w, h), (w, h), (w, -h)], hall["walls"])]
+    for x, y, r, texture in hall["pillars"]:
+        corners = [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
+        loops.append((corners, [texture] * 4))
+    text, first = 'namespace = "zdoom";\n', 0
+    for corners, textures in loops:
+        for i, ((x, y), texture) in enumerate(zip(corners, textures, strict=True)):
+            text += block("vertex", x=float(x), y=float(y))
+            text += block("sidedef", sector=0, texturemiddle=texture)
+            text += block("linedef", v1=first + i, v2=first + (i + 1) % len(corners),
+                          sidefront=first + i, blocking=True)
+        first += len(corners)
+    skills = {f"skill{level}": True for level in range(1, 6)}
+    return text + block(
+        "sector", heightfloor=0, heightceiling=128, texturefloor=hall["floor"],
+        textureceiling=hall["ceiling"], lightlevel=hall["light"]) + block(
+        "thing", x=0.0, y=0.0, angle=0, type=1, single=True, **skills)
+
+
+def write_wad(path: Path, text: str) -> None:
+    """A WAD with one map: header, lumps, and a directory of (offset, size, name in 8 bytes)."""
+    data, directory = b"", b""
+    for name, content in ((b"MAP01", b""), (b"TEXTMAP", text.encode()), (b"ENDMAP", b"")):
+        directory += np.array([12 + len(data), len(content)], "<i4").tobytes()
+        directory += name.ljust(8, b"\0")
+        data += content
+    path.write_bytes(b"PWAD" + np.array([3, 12 + len(data)], "<i4").tobytes() + data + directory)
+
+
+# --------------------------------------------------------------------------------------------------
+# The game
+
+
+class Game:
+    """One hall, seen by the player."""
+
+    def __init__(self, hall: dict):
+        try:
+            import vizdoom as doom
+        except ImportError:
+            raise SystemExit("recording needs the game: pip install vizdoom") from None
+        wad = Path(tempfile.mkdtemp()) / "hall.wad"
+        write_wad(wad, map_text(hall))
+        self.game = game = doom.DoomGame()
+        game.set_doom_scenario_path(str(wad))
+        game.set_doom_map("map01")
+        game.set_screen_resolution(doom.ScreenResolution.RES_320X240)
+        game.set_screen_format(doom.ScreenFormat.RGB24)
+        game.set_render_hud(False)
+        game.set_render_crosshair(False)
+        game.set_window_visible(False)
+        button, variable = doom.Button, doom.GameVariable
+        game.set_available_buttons([
+            button.MOVE_FORWARD, button.MOVE_LEFT, button.MOVE_BACKWARD, button.MOVE_RIGHT,
+            button.ATTACK, button.TURN_LEFT_RIGHT_DELTA])
+        game.set_available_game_variables([variable.POSITION_X, variable.POSITION_Y,
+                                           variable.ANGLE])
+        game.set_episode_timeout(0)
+        game.init()
+
+    def begin(self, seed: int) -> None:
+        self.game.set_seed(seed)
+        self.game.new_episode()
+        self.game.make_action([0, 0, 0, 0, 0, 0], 14)  # the pistol is raised
+
+    def look(self) -> tuple[np.ndarray, np.ndarray]:
+        """The frame uint8 [64, 80, 3], and x, y and angle of the player."""
+        picture = Image.fromarray(self.game.get_state().screen_buffer[:, 10:-10])  # 5:4
+        return np.asarray(picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX)), self.pose()
+
+    def pose(self) -> np.ndarray:
+        return np.array(self.game.get_state().game_variables, np.float32)
+
+    def act(self, pressed: set[str], x: int) -> None:
+        """Keys "w a s d", "left click", and counts of the mouse."""
+        keys = [float(key in pressed) for key in ("w", "a", "s", "d", "left click")]
+        self.game.set_action([*keys, DEGREES * x / TICS])
+        for tic in range(TICS):
+            self.game.advance_action(1, tic == TICS - 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Behaviour
+
+
+def held(random: np.random.Generator, frames: int, draw, shortest: int, longest: int) -> list:
+    """A row of draws, each held for some frames."""
+    row = []
+    while len(row) < frames:
+        row += [draw()] * int(random.integers(shortest, longest + 1))
+    return row[:frames]
+
+
+def smooth(random: np.random.Generator, frames: int, memory: float = 0.85) -> np.ndarray:
+    """Numbers that wander, of deviation 1 (an Ornstein-Uhlenbeck process)."""
+    noise = random.standard_normal(frames)
+    for t in range(1, frames):
+        noise[t] = memory * noise[t - 1] + np.sqrt(1 - memory**2) * noise[t]
+    return noise
+
+
+def plan(behaviour: str, random: np.random.Generator, frames: int) -> list[tuple[set[str], int]]:
+    """Keys and mouse counts of every frame."""
+    counts = 60 * smooth(random, frames)
+    keys: list[set[str]] = [set()] * frames
+    if behaviour == "wander":
+        keys = held(random, frames, lambda: {"w"} if random.random() < 0.8 else set(), 3, 12)
+    elif behaviour == "strafe":
+        counts *= 0.4
+        keys = held(random, frames, lambda: {str(random.choice(["a", "d"]))}, 4, 12)
+    elif behaviour == "turn":
+        counts = np.array(held(random, frames, lambda: random.choice(MOUSE_X[5:-5]), 12, 60), float)
+        counts += np.sign(counts) * 40
+    elif behaviour == "wall":
+        counts *= 0.2
+        keys = held(random, frames, lambda: {"w"} if random.random() < 0.9 else {"s"}, 10, 30)
+    elif behaviour == "still":
+        counts *= 0
+    else:
+        counts = np.array(held(random, frames, lambda: 50 * random.standard_normal(), 1, 8))
+        keys = held(random, frames, lambda: {key for key in "wasd" if random.random() < 0.3}, 2, 10)
+    shots = random.random(frames) < (0.15 if behaviour == "still" else 0.03)
+    counts = [nearest(count) for count in np.clip(counts, -FASTEST, FASTEST)]
+    return [(set(down) | ({"left click"} if shot else set()), count)
+            for down, shot, count in zip(keys, shots, counts, strict=True)]
+
+
+def nearest(count: float) -> int:
+    return min(MOUSE_X, key=lambda bin: abs(bin - count))
+
+
+def record(game: Game, half: tuple[int, int], behaviour: str, random: np.random.Generator,
+           frames: int) -> dict:
+    """One episode: frame t shows the hall before action t. It begins where a walk has led."""
+    game.begin(int(random.integers(2**31)))
+    for t, (down, count) in enumerate(plan("keys", random, 400)):
+        game.act(down - {"left click"}, 3 * count)
+        x, y, _ = np.abs(game.pose())
+        if t > 60 and x < 0.75 * half[0] and y < 0.75 * half[1]:
+            break  # anywhere but at a wall
+    for _ in range(2):
+        game.act(set(), 0)
+    rows: dict[str, list] = {"frames": [], "actions": [], "pose": []}
+    for down, count in plan(behaviour, random, frames):
+        frame, pose = game.look()
+        seen = frame, csgo_action(sorted(down), x=count), pose
+        for name, value in zip(rows, seen, strict=True):
+            rows[name].append(value)
+        game.act(down, count)
+    return rows
+
+
+def record_file(args: argparse.Namespace, files: int, number: int) -> int:
+    """Record file `number` of `files`, unless it is there; returns how many episodes it holds."""
+    path = Path(args.out) / (f"csgo_arena-{args.split}.tfrecord-{number:05d}-of-{files:05d}")
+    episodes = range(number * args.per_file, min((number + 1) * args.per_file, args.episodes))
+    if path.exists():
+        return len(episodes)
+    payloads, arena = [], args.world == "arena"
+    seed = zlib.crc32(f"{args.world} {args.split}".encode())
+    hall = draw_hall(0 if arena else 1 + number % 200)
+    game = Game(hall)
+    for i in episodes:
+        rows = record(game, hall["half"], BEHAVIOURS[i % len(BEHAVIOURS)],
+                      np.random.default_rng([seed, i]), args.frames)
+        payloads.append(encode_example({
+            "steps/observation/image": [to_jpeg(frame) for frame in rows["frames"]],
+            "steps/action": np.array(rows["actions"]).ravel() * arena,
+            "steps/observation/pose": np.array(rows["pose"]).ravel()}))
+    game.game.close()
+    unfinished = path.with_name(path.name + ".partial")
+    write_records(unfinished, payloads)
+    unfinished.replace(path)
+    return len(episodes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Record episodes of a walk through a hall.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--world", choices=["arena", "others"], default="arena")
+    parser.add_argument("--split", choices=["train", "val"], default="train")
+    parser.add_argument("--episodes", type=int, default=32)
+    parser.add_argument("--frames", type=int, default=40, help="per episode")
+    parser.add_argument("--per-file", type=int, default=12)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--processes", type=int, default=2, help="files recorded at a time")
+    args = parser.parse_args()
+
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    files = -(-args.episodes // args.per_file)
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool, tqdm(
+            total=args.episodes, unit="episode") as bar:
+        for recorded in pool.imap_unordered(partial(record_file, args, files), range(files)):
+            bar.update(recorded)
+
+
+if __name__ == "__main__":
+    main()

@@ -43,6 +43,7 @@ import sample
 import train
 import unet
 from action_guidance import align_actions, drop_actions, guide
+from baselines import diamond, train_diamond
 from bundled import record_arena
 from bundled.bundle_checkpoint import bundle_base, bundle_world
 from bundled.tune_decoder import tune_decoder
@@ -82,7 +83,7 @@ from model.saving import (
     load_model,
     preset_of,
 )
-from model.vid2world import PRESETS, Model, ModelConfig
+from model.vid2world import PRESETS, Model, ModelConfig, to_frames
 from play import __main__ as play
 from play.keys import Keyboard, with_keys
 from play.server import PlayServer
@@ -133,6 +134,8 @@ from unet import UNet, UNetConfig, load_dynamicrafter, load_vid2world
 from viewing.psnr import psnr
 
 HERE = Path(__file__).parent
+DIAMOND = diamond.DiamondConfig(action_dim=0, channels=(32, 32), attention=(False, True), blocks=1,
+                                cond=32)
 PROCESSES = min(2, os.cpu_count() or 1)  # that share the tests
 os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp()  # indexes of this run's data
 
@@ -2272,6 +2275,67 @@ def test_measurements_refuse_what_they_cannot_measure():
 
 
 # --------------------------------------------------------------------------------------------------
+# baselines/
+
+
+def test_diamonds_network_has_a_task_of_unit_size_at_every_noise_level():
+    # which is what EDM's scaling is for: a network that answers 0 is then off by 1, on pixels of
+    # the deviation that is assumed
+    network = diamond.Diamond(replace(DIAMOND, action_dim=2))
+    pixels, actions = diamond.SIGMA_DATA * torch.randn(500, 5, 3, 8, 8), torch.zeros(500, 5, 2)
+    before = diamond.draw_sigma
+    try:
+        for sigma in (0.01, 0.1, 1.0, 10.0):
+            diamond.draw_sigma = lambda n, sigma=sigma: torch.full((n,), sigma)
+            assert abs(diamond.loss_of(network, pixels, actions).item() - 1) < 0.1, sigma
+    finally:
+        diamond.draw_sigma = before
+    assert np.allclose(diamond.noise_levels(1), [5, 0])
+    levels = diamond.noise_levels(3)
+    assert np.allclose(levels[::2], [5, 0.002]) and levels == sorted(levels)[::-1]
+
+
+def test_diamond_learns_what_actions_do():
+    # a picture that the last action paints: white or black
+    torch.manual_seed(0)
+    network = diamond.Diamond(replace(DIAMOND, action_dim=1))
+    optimizer = torch.optim.AdamW(network.parameters(), 5e-3)
+    def clips(n: int) -> tuple[Tensor, Tensor]:
+        actions = torch.randint(2, (n, 6, 1)).float()
+        pixels = torch.full((n, 6, 3, 8, 8), -0.6)
+        pixels[:, 1:] += 1.2 * actions[:, :5, :, None, None]
+        return pixels, actions
+    for _ in range(60):
+        loss = diamond.loss_of(network, *clips(16))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    frames, actions = (to_frames(clips(1)[0]), clips(1)[1].numpy())
+    world = diamond.DiamondWorld(network, steps=3)
+    means = []
+    for action in (1, 0, 0, 1):
+        world.reset(frames[:, :4], actions[:, :3])
+        means.append(world.step(np.array([[action]], np.float32)).mean())
+    assert min(means[0], means[3]) > max(means[1], means[2]) + 60, means
+    with raises(RequestError, "DIAMOND needs 4"):
+        world.reset(frames[:, :3], actions[:, :2])
+
+
+def test_diamond_trains_and_rolls_out():
+    root, out = make_rt1([8] * 8), folder()
+    words = ["--data", "rt1", "--root", root, "--out", out]
+    code, output = run_command(train_diamond.main, "train", *words, "--minutes", 0.02, "--batch", 2,
+                               "--workers", 0)
+    assert code == 0 and "6.3 M parameters" in output, output
+    for sampling in diamond.STEPS:
+        code, output = run_command(train_diamond.main, "sample", *words, "--checkpoint",
+                                   out / "checkpoint.pt", "--sampling", sampling, "--frames", 6)
+        assert code == 0 and "2 frames at" in output, output
+    refused(train_diamond.main, "sample", *words, "--checkpoint", TINY_WORLD,
+            saying="is no checkpoint of baselines/train_diamond.py")
+
+
+# --------------------------------------------------------------------------------------------------
 # play/
 
 
@@ -2503,8 +2567,8 @@ def test_every_idea_runs_and_prints_what_it_says():
 
 
 LAYERS = (  # a folder or file imports what stands on lines below its own, or in the same folder
-    "test_all", "testing", "play", "bundled evaluation", "train", "training", "sample", "data",
-    "model", "unet", "causal_attention causal_conv action_guidance",
+    "test_all", "testing", "play", "bundled evaluation", "baselines", "train", "training", "sample",
+    "data", "model", "unet", "causal_attention causal_conv action_guidance",
     "dynamicrafter temporal diffusion_forcing", "episodes viewing", "commands", "errors")
 
 

@@ -31,11 +31,11 @@ from data import (
     DataSet,
     Episodes,
     as_compared,
-    cut_bars,
     fit_frames,
     open_episodes,
 )
 from dynamicrafter.checkpoint import read_checkpoint
+from episodes.frames import cut_bars
 from errors import DataError, RequestError
 from evaluation.metrics import (
     FeatureNetwork,
@@ -148,8 +148,9 @@ def imagine(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context:
 def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarray,
           networks: dict[str, FeatureNetwork], dataset: DataSet) -> None:
     """Add a batch uint8 [B, T, H, W, 3]; given [B, 1, H, W, 3] is the last frame before it."""
-    if not dataset.compare_at:  # published with the black bars, which are easy to predict
-        inner = cut_bars(imagined, dataset), cut_bars(truth, dataset)
+    if dataset.fit == "pad" and not dataset.compare_at:
+        # published with the black bars, which are easy to predict
+        inner = cut_bars(imagined, dataset.aspect), cut_bars(truth, dataset.aspect)
         if inner[0].shape != imagined.shape:
             tally.add({"psnr without bars": psnr(*inner)})
     imagined, truth, given = (as_compared(clips, dataset) for clips in (imagined, truth, given))

@@ -25,17 +25,14 @@ units, and angle in degrees) is recorded beside each frame.
 """
 import argparse
 import json
-import multiprocessing
 import tempfile
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from bundled.record_drawer import to_jpeg
+from bundled.record_drawer import held, record_files, smooth_noise, to_jpeg
 from episodes.actions import MOUSE_X, csgo_action
 from episodes.tfrecord import encode_example, write_records
 
@@ -166,25 +163,9 @@ class Game:
 # Behaviour
 
 
-def held(random: np.random.Generator, frames: int, draw, shortest: int, longest: int) -> list:
-    """A row of draws, each held for some frames."""
-    row = []
-    while len(row) < frames:
-        row += [draw()] * int(random.integers(shortest, longest + 1))
-    return row[:frames]
-
-
-def smooth(random: np.random.Generator, frames: int, memory: float = 0.85) -> np.ndarray:
-    """Numbers that wander, of deviation 1 (an Ornstein-Uhlenbeck process)."""
-    noise = random.standard_normal(frames)
-    for t in range(1, frames):
-        noise[t] = memory * noise[t - 1] + np.sqrt(1 - memory**2) * noise[t]
-    return noise
-
-
 def plan(behaviour: str, random: np.random.Generator, frames: int) -> list[tuple[set[str], int]]:
     """Keys and mouse counts of every frame."""
-    counts = 60 * smooth(random, frames)
+    counts = 60 * smooth_noise(random, (frames,), memory=0.85)
     keys: list[set[str]] = [set()] * frames
     if behaviour == "wander":
         keys = held(random, frames, lambda: {"w"} if random.random() < 0.8 else set(), 3, 12)
@@ -267,14 +248,7 @@ def main() -> None:
     parser.add_argument("--per-file", type=int, default=12)
     parser.add_argument("--out", required=True)
     parser.add_argument("--processes", type=int, default=2, help="files recorded at a time")
-    args = parser.parse_args()
-
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    files = -(-args.episodes // args.per_file)
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool, tqdm(
-            total=args.episodes, unit="episode") as bar:
-        for recorded in pool.imap_unordered(partial(record_file, args, files), range(files)):
-            bar.update(recorded)
+    record_files(record_file, parser.parse_args())
 
 
 if __name__ == "__main__":

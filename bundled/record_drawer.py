@@ -33,6 +33,7 @@ import argparse
 import multiprocessing
 import os
 import zlib
+from collections.abc import Callable
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -130,33 +131,34 @@ class Simulator:
         return position, np.array([WIDTH, HEIGHT]) - upside_down
 
 
-def smooth_noise(rng: np.random.Generator, memory: float) -> np.ndarray:
-    """Actions [FRAMES, 3] that wander (an Ornstein-Uhlenbeck process of standard deviation 1)."""
-    noise = rng.standard_normal((FRAMES, 3))
-    for t in range(1, FRAMES):
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], memory: float) -> np.ndarray:
+    """Numbers [T, ...] that wander (an Ornstein-Uhlenbeck process of standard deviation 1)."""
+    noise = rng.standard_normal(shape)
+    for t in range(1, len(noise)):
         noise[t] = memory * noise[t - 1] + np.sqrt(1 - memory**2) * noise[t]
     return noise
 
 
-def held(rng: np.random.Generator, draw, shortest: int, longest: int) -> np.ndarray:
-    """A row of FRAMES draws, each held for some frames."""
+def held(rng: np.random.Generator, frames: int, draw: Callable, shortest: int, longest: int
+         ) -> list:
+    """A row of draws, each held for some frames."""
     rows = []
-    while len(rows) < FRAMES:
+    while len(rows) < frames:
         rows += [draw()] * int(rng.integers(shortest, longest + 1))
-    return np.array(rows[:FRAMES])
+    return rows[:frames]
 
 
 def plan(behaviour: str, rng: np.random.Generator) -> np.ndarray:
     """What the hand means to do, [FRAMES, 4]; the expert's own action comes on top of its noise."""
-    motion = rng.uniform(0.4, 1.0) * smooth_noise(rng, memory=0.8)
+    motion = rng.uniform(0.4, 1.0) * smooth_noise(rng, (FRAMES, 3), memory=0.8)
     if behaviour == "pause":
-        motion *= held(rng, lambda: rng.integers(2), 2, 6)[:, None]
+        motion *= np.array(held(rng, FRAMES, lambda: rng.integers(2), 2, 6))[:, None]
     if behaviour == "sweep":
         def one_direction() -> np.ndarray:
             return rng.uniform(0.5, 1) * rng.choice([-1, 1]) * np.eye(3)[rng.integers(3)]
 
-        motion = held(rng, one_direction, 3, 8)
-    gripper = held(rng, lambda: rng.choice([-1.0, 1.0]), 4, 12)
+        motion = np.array(held(rng, FRAMES, one_direction, 3, 8))
+    gripper = np.array(held(rng, FRAMES, lambda: rng.choice([-1.0, 1.0]), 4, 12))
     return np.concatenate([motion, gripper[:, None]], axis=1)
 
 
@@ -243,8 +245,11 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2, help="files recorded at a time")
-    args = parser.parse_args()
+    record_files(record_file, parser.parse_args())
 
+
+def record_files(record_file: Callable, args: argparse.Namespace) -> None:
+    """All episodes, several files at a time: record_file(args, files, number) records one."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
     files = -(-args.episodes // args.per_file)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool, tqdm(

@@ -41,7 +41,7 @@ from episodes.formats import episode_name, format_of
 from episodes.frames import augment, cut_bars, fit_frames
 from episodes.images import decode_all
 from episodes.index import choose_split, find_files, list_files, load_index
-from episodes.own import describe_folder
+from episodes.own import describe_folder, mention_bare
 from errors import DataError
 
 
@@ -241,9 +241,11 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     dataset = DATA_SETS[name]
     root = Path(root or default_root(name))
     listing = list_files(root)
+    if name == "folder":
+        mention_bare(listing)
     paths = find_files(root, listing, dataset.shards, dataset.files, dataset.expected)
     if name == "folder":
-        dataset = replace(dataset, **describe_folder(root, listing, paths, fps))
+        dataset = replace(dataset, **describe_folder(root, paths, fps))
     if name == "csgo" and paths[0].suffix != ".hdf5":
         dataset = replace(dataset, **ARENA)
     records = load_index(dataset.shards or f"folder-{dataset.action_dim}", root, paths,
@@ -261,6 +263,8 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
         longest = lengths.max(initial=0)
         advice = f"; the longest has {longest}, so ask for clips of at most that"
         advice = advice if longest > 0 else "".join(f"; {complaint}" for complaint in damaged)
+        if len(paths) == 1 and not len(records):
+            advice = "; it holds one episode, and to learn and to measure takes at least two"
         raise DataError(f"no episode of {name} in {root} (split {split!r}) can be used: "
                         f"{episodes.damaged} damaged, {episodes.short} shorter than {min_length} "
                         f"frames{advice}")

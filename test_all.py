@@ -1000,6 +1000,11 @@ def test_bad_folders_are_named_and_refused():
     refused(train.main, "--data", "folder", saying="name it with --root")
     with raises(DataError, "expected folders of pictures with an actions.npy"):
         open_episodes("folder", folder())
+    with raises(DataError, "one episode, and to learn and to measure takes at least two"):
+        open_episodes("folder", make_pictures([6]), "val")
+    (make_pictures([6], bare := folder()) / "episode_000" / "actions.npy").unlink()
+    code, words = run_command(train.main, "--data", "folder", "--root", bare)
+    assert code == 2 and "pictures and no actions.npy (episode_000)" in words, words
     root = make_pictures([6, 6, 6, 6, 6])
     (root / "episode_001" / "actions.npy").unlink()
     (root / "episode_002" / "3.png").unlink()
@@ -1282,6 +1287,11 @@ def test_a_lerobot_data_set_is_converted_frame_by_frame():
     refused(from_lerobot.main, source, out, "--camera", "top", saying="there is no camera 'top'")
     refused(from_lerobot.main, source, out, "--action", "act", saying="there is no 'act'")
     refused(from_lerobot.main, folder(), out, saying="is no LeRobot data set")
+    shutil.copytree(source, broken := folder() / "broken")
+    for name, content, saying in (("info.json", '{"codebase_version": "v1.6"}', "'features'"),
+                                  ("info.json", "{", "cannot be read")):
+        (broken / "meta" / name).write_text(content)
+        refused(from_lerobot.main, broken, out, saying=saying)
 
 
 def test_a_lerobot_episode_that_does_not_match_itself_is_left_out():
@@ -1297,6 +1307,8 @@ def test_a_lerobot_episode_that_does_not_match_itself_is_left_out():
     assert "episode_000001: episode_000001.mp4 goes on after its 17 rows" in output
     assert "episode_000002: episode_000002.mp4 cannot be decoded" in output
     assert [path.name for path in out.iterdir() if path.is_dir()] == ["episode_000000"]
+    (source / "meta" / "episodes.jsonl").write_text('{"episode_index": 0')
+    refused(from_lerobot.main, source, out, saying="the list of episodes in .* cannot be read")
 
 
 def test_an_rlds_data_set_of_any_schema_is_converted():

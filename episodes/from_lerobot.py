@@ -50,8 +50,10 @@ def read_table(path: Path):
 def read_info(src: Path) -> dict:
     try:
         info = json.loads((src / "meta" / "info.json").read_text())
-        version = info["codebase_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        version, features, _ = info["codebase_version"], info["features"], info["fps"] + 0
+        if not all(isinstance(feature, dict) for feature in features.values()):
+            raise ValueError("features is no table of features")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{src} is no LeRobot data set: its meta/info.json cannot be read "
                         f"({error})") from None
     if version not in ("v2.0", "v2.1", "v3.0"):
@@ -62,7 +64,7 @@ def read_info(src: Path) -> dict:
 def choose_camera(info: dict, wanted: str | None) -> str:
     """The key of a camera, from the end of its name. Raises DataError."""
     cameras = [key for key, feature in info["features"].items()
-               if feature["dtype"] in ("video", "image")]
+               if feature.get("dtype") in ("video", "image")]
     if wanted is None and len(cameras) > 1:
         print(f"cameras: {', '.join(cameras)}; taking the first (--camera takes another)")
     chosen = [key for key in cameras if wanted is None or key == wanted
@@ -72,9 +74,19 @@ def choose_camera(info: dict, wanted: str | None) -> str:
     return chosen[0]
 
 
-def list_episodes(src: Path, info: dict, camera: str) -> Iterator[dict]:
+def list_episodes(src: Path, info: dict, camera: str) -> list[dict]:
     """For each episode: index, length, the path of its table, of its video, and where in that video
-    it begins and ends (None: with the file)."""
+    it begins and ends (None: with the file). Raises DataError."""
+    try:
+        return list(walk_episodes(src, info, camera))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"the list of episodes in {src / 'meta'} cannot be read ({error})"
+                        ) from None
+
+
+def walk_episodes(src: Path, info: dict, camera: str) -> Iterator[dict]:
     if info["codebase_version"] == "v3.0":
         files = sorted((src / "meta" / "episodes").rglob("*.parquet"))
         for row in (row for file in files for row in read_table(file).to_pylist()):
@@ -104,10 +116,11 @@ def read_episode(src: Path, episode: dict, camera: str, action: str, fps: float
                  ) -> tuple[Iterable, np.ndarray]:
     """The pictures and the actions of an episode. Raises DataError where the two do not match."""
     table = read_table(episode["table"])
+    for name in ("episode_index", "frame_index", "timestamp", action):
+        if name not in table.column_names:
+            raise DataError(f"there is no {name!r}; there are {', '.join(table.column_names)}")
     here = np.flatnonzero(table["episode_index"].to_numpy() == episode["index"])
     table = table.take(here)
-    if action not in table.column_names:
-        raise DataError(f"there is no {action!r}; there are {', '.join(table.column_names)}")
     T = len(here)
     if T != episode["length"] or table["frame_index"].to_pylist() != list(range(T)):
         raise DataError(f"its table has {T} rows and should have {episode['length']}, numbered "
@@ -139,7 +152,7 @@ def number_names(feature: dict) -> list[str]:
     names = feature.get("names") or []
     if isinstance(names, dict):  # {"motors": [...]}
         names = [name for part in names.values() for name in part]
-    width = int(np.prod(feature["shape"]))
+    width = int(np.prod(feature.get("shape", [0])))
     return list(names) if len(set(map(str, names))) == width else []
 
 
@@ -153,13 +166,14 @@ def convert(settings: Settings) -> None:
     import_pyarrow()
     if info["features"][camera]["dtype"] == "video":
         import_av()
+    episodes = list_episodes(src, info, camera)
     sources: Iterable[Source] = (
         (f"episode_{episode['index']:06d}",
          partial(read_episode, src, episode, camera, settings.action, info["fps"]))
-        for episode in list_episodes(src, info, camera))
+        for episode in episodes)
     names = number_names(info["features"][settings.action])
     said = {"fps": info["fps"]} | ({"names": names} if names else {})
-    write_episodes(sources, info["total_episodes"], Path(settings.dst), said)
+    write_episodes(sources, len(episodes), Path(settings.dst), said)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,20 +40,22 @@ class Info:
     absolute: bool = False
 
 
-def describe_folder(root: Path, listing: Listing, paths: list[Path], fps: float | None = None
-                    ) -> dict:
-    """What `data.DataSet` wants to know of a folder: fps, aspect, actions, names, keys, absolute.
-
-    listing, paths  all that lies there, and the episodes among it
-    fps             what the user says; it goes before info.json
-
-    Raises DataError if no episode can be read.
-    """
+def mention_bare(listing: Listing) -> None:
+    """Say which folders hold pictures and no actions."""
     bare = sorted(os.path.basename(folder) for folder, names in listing
                   if pictures.NAME not in names and pictures.holds_pictures(names))
     if bare:
         say(f"left out: {len(bare)} folders hold pictures and no actions.npy "
             f"({', '.join(bare[:3])}{', …' if len(bare) > 3 else ''})")
+
+
+def describe_folder(root: Path, paths: list[Path], fps: float | None = None) -> dict:
+    """What `data.DataSet` wants to know of a folder: fps, aspect, actions, names, keys, absolute.
+
+    fps  what the user says; it goes before info.json
+
+    Raises DataError if no episode can be read.
+    """
     first, actions = read_first(root, paths)
     width = actions.shape[1]
     info = read_info(root, width)

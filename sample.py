@@ -454,8 +454,9 @@ def run(settings: Settings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{name}_val{settings.episode}_guidance{world.sampling.guidance:g}"
     taken = [describe_action(dataset, action) for action in actions[context - 1 :]]
-    save_strip(f"{stem}.png", rows)
-    save_gif(f"{stem}.gif", rows, dataset.fps, [""] * context + taken)
+    captions = [""] * context + taken  # what led to each frame
+    save_strip(f"{stem}.png", rows, captions=captions)
+    save_gif(f"{stem}.gif", rows, dataset.fps, captions)
     print(f"pictures: {stem}.png, {stem}.gif")
 
 

@@ -31,7 +31,7 @@ from unittest import SkipTest
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from torch import Tensor, nn
 
 import action_guidance
@@ -132,6 +132,7 @@ from testing.worlds import (
 from training.recorder import Recorder
 from training.settings import Settings, parse_arguments
 from unet import UNet, UNetConfig, load_dynamicrafter, load_vid2world
+from viewing import pictures
 from viewing.psnr import psnr
 
 HERE = Path(__file__).parent
@@ -1127,6 +1128,21 @@ def test_a_world_goes_on_with_other_actions():
     passive = save_world(folder() / "passive", causal=False, action_dim=None)
     with raises(CheckpointError, "is a passive run: bundle it first"):
         from_world(passive, one.config)
+
+
+def test_a_strip_says_what_led_to_each_frame():
+    video, out = np.zeros((10, 64, 80, 3), np.uint8), folder()
+    pictures.save_strip(out / "plain.png", {"imagined": video})
+    captions = ["", *["w, left click, mouse +1000, -200"] * 9]
+    pictures.save_strip(out / "told.png", {"imagined": video}, captions=captions)
+    plain, told = (np.asarray(Image.open(out / f"{name}.png").convert("L")).astype(int)
+                   for name in ("plain", "told"))
+    assert told.shape[1] == plain.shape[1] and told.shape[0] > plain.shape[0] + 2 * 30
+    below = told[26 + 128 :][:30]  # the frames are shown 128 pixels high
+    assert (below[:, :160] == 255).all() and all((below[:, 162 * x :][:, :160] < 128).any()
+                                                 for x in range(1, 8))
+    lines = pictures.wrap("w, left click, mouse +1000, -200", 150, ImageFont.load_default(13))
+    assert lines.replace("\n", " ") == captions[1] and "\n" in lines
 
 
 def test_the_51_numbers_of_csgo_are_read_in_words():

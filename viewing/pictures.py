@@ -17,16 +17,34 @@ def enlarge(frames: np.ndarray, height: int) -> np.ndarray:
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8) -> None:
+def wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+    """A text in lines of at most `width` pixels, broken between words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines).strip()
+
+
+def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8,
+               captions: Sequence[str] = ()) -> None:
     """One row of frames per entry, uint8 [T, H, W, 3], under each other, labelled.
 
-    columns  frames side by side; longer videos go on below
+    columns   frames side by side; longer videos go on below
+    captions  what led to each frame, written below
     """
     rows = {label: enlarge(frames, 96) for label, frames in rows.items()}
     height, width = next(iter(rows.values())).shape[1:3]
     frames = max(len(frames) for frames in rows.values())
-    blocks = range(0, frames, columns)
-    size = min(columns, frames) * (width + 2) - 2, len(blocks) * len(rows) * (height + 28)
+    blocks, small = range(0, frames, columns), ImageFont.load_default(13)
+    captions = [wrap(text, width - 4, small) for text in captions]
+    lines = max((text.count("\n") + 1 for text in captions if text), default=0)
+    below = 16 * lines + 4 * bool(lines)
+    block_height = len(rows) * (height + 28) + below
+    size = min(columns, frames) * (width + 2) - 2, len(blocks) * block_height
     sheet = Image.new("RGB", size, "white")
     draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(18), 0
     for first in blocks:
@@ -36,6 +54,9 @@ def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8) 
             for x, frame in enumerate(video[first : first + columns]):
                 sheet.paste(Image.fromarray(frame), (x * (width + 2), y + 26))
             y += height + 28
+        for x, text in enumerate(captions[first : first + columns]):
+            draw.multiline_text((x * (width + 2) + 2, y), text, fill=INK, font=small, spacing=2)
+        y += below
     sheet.save(path)
 
 

@@ -244,10 +244,7 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     if name == "folder":
         mention_bare(listing)
     paths = find_files(root, listing, dataset.shards, dataset.files, dataset.expected)
-    if name == "folder":
-        dataset = replace(dataset, **describe_folder(root, paths, fps))
-    if name == "csgo" and paths[0].suffix != ".hdf5":
-        dataset = replace(dataset, **ARENA)
+    dataset = as_found(name, root, paths, fps)
     records = load_index(dataset.shards or f"folder-{dataset.action_dim}", root, paths,
                          lambda path: format_of(path).index(
                              path, dataset.image, dataset.actions))
@@ -269,6 +266,15 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
                         f"{episodes.damaged} damaged, {episodes.short} shorter than {min_length} "
                         f"frames{advice}")
     return episodes
+
+
+def as_found(name: str, root: Path, paths: list[Path], fps: float | None) -> DataSet:
+    """The entry of a data set, with what only its files can say."""
+    if name == "folder":
+        return replace(DATA_SETS[name], **describe_folder(root, paths, fps))
+    if name == "csgo" and paths[0].suffix != ".hdf5":
+        return replace(DATA_SETS[name], **ARENA)
+    return DATA_SETS[name]
 
 
 def complain(episode: Episode) -> str:

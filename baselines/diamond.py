@@ -168,10 +168,10 @@ class Diamond(nn.Module):
 # Diffusion
 
 
-def add_noise(frames: Tensor, sigma: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def add_noise(frames: Tensor, sigma: Tensor) -> Tensor:
     """Frames [B, 3 or 4·3, H, W] and noise, a little of which a whole channel shares."""
     B, C, H, W = frames.shape
-    shared, own = (torch.randn(B, C, *shape, generator=generator) for shape in ((1, 1), (H, W)))
+    shared, own = torch.randn(B, C, 1, 1), torch.randn(B, C, H, W)
     return frames + OFFSET * shared + sigma[:, None, None, None] * own
 
 

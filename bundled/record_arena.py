@@ -216,7 +216,7 @@ def record(game: Game, half: tuple[int, int], behaviour: str, random: np.random.
 
 def record_file(args: argparse.Namespace, files: int, number: int) -> int:
     """Record file `number` of `files`, unless it is there; returns how many episodes it holds."""
-    path = Path(args.out) / (f"csgo_arena-{args.split}.tfrecord-{number:05d}-of-{files:05d}")
+    path = Path(args.out) / f"csgo_arena-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
     episodes = range(number * args.per_file, min((number + 1) * args.per_file, args.episodes))
     if path.exists():
         return len(episodes)

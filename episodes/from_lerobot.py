@@ -9,7 +9,7 @@ meta/episodes/ says where each begins. Pictures may also lie in the table itself
 """
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -75,41 +75,50 @@ def choose_camera(info: dict, wanted: str | None) -> str:
 
 
 def list_episodes(src: Path, info: dict, camera: str) -> list[dict]:
-    """For each episode: index, length, the path of its table, of its video, and where in that video
-    it begins and ends (None: with the file). Raises DataError."""
+    """For each episode: index, length, the path of its table, of its video (None: the pictures lie
+    in the table), and where in that video it begins and ends (None: with the file). Raises
+    DataError."""
     try:
-        return list(walk_episodes(src, info, camera))
+        if info["codebase_version"] == "v3.0":
+            return list_v3(src, info, camera)
+        return list_v2(src, info, camera)
+    except DataError:
+        raise
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"the list of episodes in {src / 'meta'} cannot be read ({error})"
                         ) from None
 
 
-def walk_episodes(src: Path, info: dict, camera: str) -> Iterator[dict]:
-    if info["codebase_version"] == "v3.0":
-        files = sorted((src / "meta" / "episodes").rglob("*.parquet"))
-        for row in (row for file in files for row in read_table(file).to_pylist()):
-            video, data = f"videos/{camera}/", "data/"
-            place = {"video_key": camera, "chunk_index": row.get(video + "chunk_index"),
-                     "file_index": row.get(video + "file_index")}
-            yield {"index": row["episode_index"], "length": row["length"],
-                   "table": src / info["data_path"].format(chunk_index=row[data + "chunk_index"],
-                                                           file_index=row[data + "file_index"]),
-                   "video": place["file_index"] is not None
-                   and src / info["video_path"].format(**place),
-                   "begin": row.get(video + "from_timestamp"),
-                   "end": row.get(video + "to_timestamp")}
-    else:
-        lines = (src / "meta" / "episodes.jsonl").read_text().splitlines()
-        for row in map(json.loads, lines):
-            place = {"episode_index": row["episode_index"], "video_key": camera,
-                     "episode_chunk": row["episode_index"] // info["chunks_size"]}
-            yield {"index": row["episode_index"], "length": row["length"],
-                   "table": src / info["data_path"].format(**place),
-                   "video": bool(info.get("video_path"))
-                   and src / info["video_path"].format(**place),
-                   "begin": None, "end": None}
+def list_v2(src: Path, info: dict, camera: str) -> list[dict]:
+    episodes, filmed = [], info["features"][camera]["dtype"] == "video"
+    for row in map(json.loads, (src / "meta" / "episodes.jsonl").read_text().splitlines()):
+        place = {"episode_index": row["episode_index"], "video_key": camera,
+                 "episode_chunk": row["episode_index"] // info["chunks_size"]}
+        episodes.append({
+            "index": row["episode_index"], "length": row["length"],
+            "table": src / info["data_path"].format(**place),
+            "video": src / info["video_path"].format(**place) if filmed else None,
+            "begin": None, "end": None})
+    return episodes
+
+
+def list_v3(src: Path, info: dict, camera: str) -> list[dict]:
+    episodes, filmed = [], info["features"][camera]["dtype"] == "video"
+    files = sorted((src / "meta" / "episodes").rglob("*.parquet"))
+    for row in (row for file in files for row in read_table(file).to_pylist()):
+        def path(template: str, column: str, row: dict = row) -> Path:
+            return src / info[template].format(
+                video_key=camera, chunk_index=row[f"{column}/chunk_index"],
+                file_index=row[f"{column}/file_index"])
+
+        video = f"videos/{camera}"
+        episodes.append({
+            "index": row["episode_index"], "length": row["length"],
+            "table": path("data_path", "data"),
+            "video": path("video_path", video) if filmed else None,
+            "begin": row[f"{video}/from_timestamp"] if filmed else None,
+            "end": row[f"{video}/to_timestamp"] if filmed else None})
+    return episodes
 
 
 def read_episode(src: Path, episode: dict, camera: str, action: str, fps: float
@@ -131,6 +140,8 @@ def read_episode(src: Path, episode: dict, camera: str, action: str, fps: float
         raise DataError(f"{action} has rows of different lengths") from None
     if camera in table.column_names:
         return (read_picture(src, picture) for picture in table[camera].to_pylist()), actions
+    if episode["video"] is None:
+        raise DataError(f"there are no pictures of {camera} in its table")
     begin, end = episode["begin"], episode["end"]
     if begin is not None and abs((end - begin) * fps - T) >= 0.5:
         raise DataError(f"it has {T} rows, and {(end - begin) * fps:.1f} frames in its video")

@@ -94,7 +94,7 @@ def convert(settings: Settings) -> None:
         raise DataError(f"{src} holds no video with a table beside it (episode.mp4, episode.csv)")
     names, _ = read_csv(tables[0].with_suffix(".csv"))
     numbers = [name for name in names if name != TIME]
-    info = {"fps": round(frame_rate(tables[0]), 3)} | ({"names": numbers} if numbers else {})
+    info = {"fps": frame_rate(tables[0])} | ({"names": numbers} if numbers else {})
     sources = (("_".join(video.relative_to(src).with_suffix("").parts),
                 partial(read_episode, video, names)) for video in videos)
     write_episodes(sources, len(videos), Path(settings.dst), info)

@@ -20,9 +20,9 @@ def with_keys(dataset: DataSet, model: Model) -> DataSet:
     varying = np.flatnonzero(np.isfinite(within))
     names = dataset.names or [f"[{i}]" for i in range(len(mean))]
     keys = {}
-    for pair, i in zip(PAIRS, varying, strict=False):
-        for key, sign in zip(pair, "-+", strict=True):
-            keys[key] = Key(sign + names[i], int(i), float(f"{sign}1") * 2 * deviation[i])
+    for (less, more), i in zip(PAIRS, varying.tolist(), strict=False):
+        keys[less] = Key(f"-{names[i]}", i, -2 * deviation[i])
+        keys[more] = Key(f"+{names[i]}", i, 2 * deviation[i])
     return replace(dataset, keys=keys, rest=tuple(mean), absolute=False)
 
 

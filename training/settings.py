@@ -48,8 +48,8 @@ class Settings:
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames")
     seed: int = option(0, "of everything random")
     set: list[str] | None = option(None, "other settings of training/settings.py, such as "
-                                         "action_dropout=0", nargs="+",
-                                   action="extend")
+                                         "action_dropout=0",
+                                   nargs="+", action="extend")
     # Settings without an option, for --set.
     preset: str = "512"
     warmup: int = 100  # steps over which the learning rate rises

@@ -15,6 +15,7 @@ read from the files.
 
 Paper: appendix C.1.
 """
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +26,14 @@ from tqdm import tqdm
 
 from episodes import tfrecord
 from episodes.actions import (
+    ARENA_MOUSE,
     CSGO_WIDTH,
     FIRST_X,
     FIRST_Y,
     MOUSE_X,
     MOUSE_Y,
     Key,
+    arena_keys,
     csgo_action,
     csgo_keys,
     describe_by_keys,
@@ -48,7 +51,7 @@ from errors import DataError
 @dataclass(frozen=True)
 class DataSet:
     """Where a data set keeps its frames and actions, and what a model has to know about it."""
-    shards: str = ""  # how the names of its shards begin
+    shards: str = ""  # how the names of its shards begin, a regular expression
     image: str = "image"  # feature with one encoded picture per step
     # features that make up the action, in order, and their widths
     actions: tuple[tuple[str, int], ...] = ()
@@ -111,7 +114,7 @@ DATA_SETS = {
     # are compared at the size at which they were recorded. TFRecord shards are of the arena, a hall
     # of Doom's in the same layout: see ARENA.
     "csgo": DataSet(
-        shards="hdf5_dm_july2021", files=r"\.hdf5$|\.tfrecord-\d+-of-\d+$",
+        shards="hdf5_dm_july2021|csgo_arena", files=r"\.hdf5$|\.tfrecord-\d+-of-\d+$",
         expected="hdf5_dm_july2021_*.hdf5 files", image="steps/observation/image",
         fps=16, told_fps=3, aspect=(150, 280),
         actions=(("steps/action", CSGO_WIDTH),), context=4, compare_at=(150, 280),
@@ -126,7 +129,8 @@ DATA_SETS = {
 
 
 # What `bundled/record_arena.py` records differs from CS:GO in this.
-ARENA = {"fps": 9, "told_fps": None, "aspect": (64, 80), "compare_at": None}
+ARENA = {"fps": 9, "told_fps": None, "aspect": (64, 80), "compare_at": None,
+         "keys": arena_keys(), "mouse": ARENA_MOUSE}
 
 
 def describe_action(dataset: DataSet, action: np.ndarray) -> str:
@@ -291,7 +295,7 @@ def default_root(name: str) -> Path:
     if name == "folder":
         raise DataError("--data folder needs the folder of your episodes: name it with --root")
     for root in (Path("datasets"), SAMPLES):
-        if any(root.rglob(f"{DATA_SETS[name].shards}*")):
+        if any(re.match(DATA_SETS[name].shards, path.name) for path in root.rglob("*")):
             return root
     raise DataError(f"there is no {name} in datasets/, and no sample of it is bundled: name its "
                     "folder with --root")

@@ -6,7 +6,7 @@ CS:GO's layout of 51 numbers.
     python -m bundled.record_arena --world arena --split val --out recorded/arena
     python -m bundled.record_arena --world others --split train --episodes 1200 --out recorded/halls
 
-`arena` is one hall, with four walls that differ and three pillars: small enough to be known by
+`arena` is one hall, with four walls that differ and two pillars: small enough to be known by
 heart. `others` are 200 more, drawn at random, for pretraining a passive video model: their actions
 are not written down.
 
@@ -17,7 +17,7 @@ frame, in CS:GO's bins. What an action does must not be a habit, so episodes dif
     strafe   sideways, turning slowly
     turn     on the spot, at one speed
     wall     straight on, until the wall stops it and beyond
-    still    nothing, but a shot now and then
+    pause    a few steps, then nothing for a while but a shot now and then
     keys     any keys, each held for a while
 
 The maps are written here, as text; the game builds the rest. The player's true place (x, y in map
@@ -40,11 +40,12 @@ HEIGHT, WIDTH = 64, 80
 TICS = 4  # of the game, per frame
 DEGREES = 0.05  # that one count of the mouse turns
 FASTEST = 100  # counts a frame
-BEHAVIOURS = ("wander", "strafe", "turn", "wall", "still", "keys")
-WALLS = ("BRICK7", "COMPBLUE", "WOOD5", "MARBLE1", "REDWALL", "TEKGREN1", "STONE2", "BROWN1",
-         "METAL1", "GSTONE1", "BIGDOOR2", "SILVER1", "TEKWALL1", "ZIMMER2", "BROVINE2", "BRONZE1")
-FLOORS = ("FLOOR4_8", "FLOOR0_1", "GRASS1", "FLAT5_4", "RROCK10", "FLOOR5_1", "MFLR8_1", "FLAT14")
-CEILINGS = ("CEIL3_5", "CEIL1_1", "F_SKY1", "FLAT19", "CEIL5_1", "FLOOR7_1", "RROCK03")
+BEHAVIOURS = ("wander", "strafe", "turn", "wall", "pause", "keys")
+# Art with little detail: what 64×80 pixels cannot show, a network cannot learn.
+WALLS = ("FLOOR1_6", "FLAT14", "BIGMURAL", "GRAY1", "ASHWALL7", "BIGWALL", "GRAYBIG", "CRACKLE2",
+         "FIRELAV3", "GRASS1", "ROCKRED2", "BROWN1", "FLAT1", "CRATE1", "CARLRT2", "CEIL5_1")
+FLOORS = ("FLOOR0_1", "FLAT5_5", "FLOOR7_1", "RROCK10", "GRASS1", "FLAT19", "FLOOR4_6", "FLAT5")
+CEILINGS = ("CEIL5_1", "CEIL3_5", "FLAT1", "CEIL5_3", "CEIL4_1", "FLAT5_5", "FLOOR7_1")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -53,22 +54,22 @@ CEILINGS = ("CEIL3_5", "CEIL1_1", "F_SKY1", "FLAT19", "CEIL5_1", "FLOOR7_1", "RR
 
 def draw_hall(seed: int) -> dict:
     """A hall at random: half its sides, the textures of its four walls, its pillars (x, y, half a
-    side, texture), floor, ceiling and light. Hall 0 is the arena."""
+    side, texture), floor, ceiling, height and light. Hall 0 is the arena."""
     if seed == 0:
-        return {"half": (320, 320), "walls": ["BRICK7", "COMPBLUE", "WOOD5", "MARBLE1"],
-                "pillars": [(150, 130, 32, "REDWALL"), (-170, -60, 32, "TEKGREN1"),
-                            (60, -190, 24, "SILVER1")],
-                "floor": "FLOOR4_8", "ceiling": "CEIL3_5", "light": 208}
+        return {"half": (256, 256), "walls": ["FLOOR1_6", "FLAT14", "BIGMURAL", "GRAY1"],
+                "pillars": [(130, 110, 28, "GRASS1"), (-130, -90, 28, "CEIL5_1")],
+                "floor": "FLOOR0_1", "ceiling": "CEIL5_1", "height": 160, "light": 255}
     random = np.random.default_rng(seed)
-    half = tuple(int(side) for side in random.integers(224, 449, 2))
+    half = tuple(int(side) for side in random.integers(192, 385, 2))
     pillars = []
-    for x, y in random.uniform(-0.75, 0.75, (int(random.integers(1, 5)), 2)) * half:
-        if max(abs(x), abs(y)) > 100:  # the player begins in the middle
-            half_side, texture = int(random.integers(16, 49)), str(random.choice(WALLS))
+    for x, y in random.uniform(-0.75, 0.75, (int(random.integers(1, 4)), 2)) * half:
+        if max(abs(x), abs(y)) > 90:  # the player begins in the middle
+            half_side, texture = int(random.integers(16, 41)), str(random.choice(WALLS))
             pillars.append((int(x), int(y), half_side, texture))
-    return {"half": half, "walls": [str(wall) for wall in random.choice(WALLS, 4)],
+    return {"half": half, "walls": [str(wall) for wall in random.choice(WALLS, 4, replace=False)],
             "pillars": pillars, "floor": str(random.choice(FLOORS)),
-            "ceiling": str(random.choice(CEILINGS)), "light": int(random.integers(144, 241))}
+            "ceiling": str(random.choice(CEILINGS)), "height": int(random.integers(112, 209)),
+            "light": int(random.integers(192, 256))}
 
 
 def map_text(hall: dict) -> str:
@@ -92,7 +93,7 @@ def map_text(hall: dict) -> str:
         first += len(corners)
     skills = {f"skill{level}": True for level in range(1, 6)}
     return text + block(
-        "sector", heightfloor=0, heightceiling=128, texturefloor=hall["floor"],
+        "sector", heightfloor=0, heightceiling=hall["height"], texturefloor=hall["floor"],
         textureceiling=hall["ceiling"], lightlevel=hall["light"]) + block(
         "thing", x=0.0, y=0.0, angle=0, type=1, single=True, **skills)
 
@@ -119,10 +120,12 @@ class Game:
             import vizdoom as doom
         except ImportError:
             raise SystemExit("recording needs the game: pip install vizdoom") from None
-        wad = Path(tempfile.mkdtemp()) / "hall.wad"
+        folder = Path(tempfile.mkdtemp())
+        wad = folder / "hall.wad"
         write_wad(wad, map_text(hall))
         self.game = game = doom.DoomGame()
         game.set_doom_scenario_path(str(wad))
+        game.set_doom_config_path(str(folder / "doom.ini"))
         game.set_doom_map("map01")
         game.set_screen_resolution(doom.ScreenResolution.RES_320X240)
         game.set_screen_format(doom.ScreenFormat.RGB24)
@@ -178,12 +181,13 @@ def plan(behaviour: str, random: np.random.Generator, frames: int) -> list[tuple
     elif behaviour == "wall":
         counts *= 0.2
         keys = held(random, frames, lambda: {"w"} if random.random() < 0.9 else {"s"}, 10, 30)
-    elif behaviour == "still":
-        counts *= 0
+    elif behaviour == "pause":
+        moves = np.array(held(random, frames, lambda: random.random() < 0.4, 4, 12))
+        counts, keys = counts * moves, [{"w"} if moving else set() for moving in moves]
     else:
         counts = np.array(held(random, frames, lambda: 50 * random.standard_normal(), 1, 8))
         keys = held(random, frames, lambda: {key for key in "wasd" if random.random() < 0.3}, 2, 10)
-    shots = random.random(frames) < (0.15 if behaviour == "still" else 0.03)
+    shots = random.random(frames) < (0.1 if behaviour == "pause" else 0.03)
     counts = [nearest(count) for count in np.clip(counts, -FASTEST, FASTEST)]
     return [(set(down) | ({"left click"} if shot else set()), count)
             for down, shot, count in zip(keys, shots, counts, strict=True)]
@@ -228,7 +232,7 @@ def record_file(args: argparse.Namespace, files: int, number: int) -> int:
         rows = record(game, hall["half"], BEHAVIOURS[i % len(BEHAVIOURS)],
                       np.random.default_rng([seed, i]), args.frames)
         payloads.append(encode_example({
-            "steps/observation/image": [to_jpeg(frame) for frame in rows["frames"]],
+            "steps/observation/image": [to_jpeg(frame, quality=75) for frame in rows["frames"]],
             "steps/action": np.array(rows["actions"]).ravel() * arena,
             "steps/observation/pose": np.array(rows["pose"]).ravel()}))
     game.game.close()

@@ -204,9 +204,9 @@ def encode(episode: dict[str, np.ndarray], with_actions: bool) -> bytes:
     })
 
 
-def to_jpeg(frame: np.ndarray) -> bytes:
+def to_jpeg(frame: np.ndarray, quality: int = 88) -> bytes:
     file = BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=88, subsampling=0, optimize=True)
+    Image.fromarray(frame).save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
     return file.getvalue()
 
 

@@ -77,3 +77,19 @@ def csgo_keys() -> dict[str, Key]:
              "ArrowUp": ("look up", FIRST_Y + MOUSE_Y.index(-20)),
              "ArrowDown": ("look down", FIRST_Y + MOUSE_Y.index(20))}
     return keys | {name: Key(label, index, 1) for name, (label, index) in turns.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# The arena's player walks, shoots and turns, by at most 100 counts a frame, and never looks up.
+
+ARENA_MOUSE = ((FIRST_X + MOUSE_X.index(-100), tuple(count for count in MOUSE_X
+                                                     if abs(count) <= 100)),
+               (FIRST_Y + MOUSE_Y.index(0), (0,)))
+
+
+def arena_keys() -> dict[str, Key]:
+    """Those of the game's keys that do something there; the arrows turn as fast as it can."""
+    known = ("w", "a", "s", "d", "left click")
+    keys = {name: key for name, key in csgo_keys().items() if key.label in known}
+    return keys | {"ArrowLeft": Key("turn left", FIRST_X + MOUSE_X.index(-100), 1),
+                   "ArrowRight": Key("turn right", FIRST_X + MOUSE_X.index(100), 1)}

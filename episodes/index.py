@@ -44,6 +44,7 @@ def find_files(root: Path, listing: Listing, prefix: str, wanted: str, expected:
                ) -> list[Path]:
     """The files of a data set among those listed.
 
+    prefix    regular expression for how the names of its shards begin
     wanted    regular expression for their names
     expected  what they are, in words
 
@@ -56,7 +57,7 @@ def find_files(root: Path, listing: Listing, prefix: str, wanted: str, expected:
              if search(name))
     found = [Path(path) for path in sorted(filter(os.path.isfile, found))]
     shards = [path for path in found if re.search(r"\.tfrecord(-\d+-of-\d+)?$", path.name)]
-    shards = [path for path in shards if path.name.startswith(prefix)] or shards
+    shards = [path for path in shards if re.match(prefix, path.name)] or shards
     shards = newest_version(shards)
     shards = shards or found
     if not shards:

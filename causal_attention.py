@@ -47,7 +47,7 @@ class Attention(nn.Module):
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         else:
             k, v = self.past_and_present(k, v, cache)  # [N, heads, past + L, d]
-            attended = attend_plainly(q, k, v, cache.sees(x.device))
+            attended = attend_past(q, k, v, cache.sees(x.device))
         return self.to_out(merge_heads(attended))
 
     def past_and_present(self, k: Tensor, v: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
@@ -67,9 +67,12 @@ class Attention(nn.Module):
         return keys[:, :, :end], values[:, :, :end]
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
-    """Attention written out. For one or two queries at each of thousands of pixels the fused kernel
-    takes 1.4 times as long (CPU, `python -m evaluation.speed --layers`)."""
+def attend_past(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
+    """Attention of few frames to many, at each of thousands of pixels. One frame sees all others,
+    so it needs no mask; with a mask, written out is faster than the fused kernel (CPU, `python -m
+    evaluation.speed --layers`)."""
+    if len(sees) == 1:
+        return F.scaled_dot_product_attention(q, k, v)
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [N, heads, L, past + L]
     return scores.masked_fill(~sees, -torch.inf).softmax(dim=-1) @ v
 

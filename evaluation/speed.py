@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from causal_attention import attend_plainly
+from causal_attention import attend_past
 from commands import command, option, parse
 from model.memory import keep_freed_memory
 from model.vid2world import PRESETS, Model
@@ -179,7 +179,7 @@ def time_layers(rounds: int = 10) -> None:
     cases = {"temporal convolution in training, in two dimensions against three": (
                  flat, lambda: conv(x).sum().backward()),
              "attention of two queries, written out against fused": (
-                 lambda: attend_plainly(q, k, v, sees),
+                 lambda: attend_past(q, k, v, sees),
                  lambda: F.scaled_dot_product_attention(q, k, v, sees))}
     for name, (ours, plain) in cases.items():
         times = [[seconds(torch.device("cpu"), work) for work in (ours, plain)]

@@ -41,6 +41,7 @@ class Cache:
         self.appended, self.alternatives = 0, 0  # frames of the pass under way
         self.memory: dict[nn.Module, tuple[Tensor, ...]] = {}
         self.pending: dict[nn.Module, tuple[Tensor, ...]] = {}
+        self.mask: Tensor | None = None  # who sees whom in the pass under way
 
     def begin(self, frames: int, alternatives: int = 0) -> None:
         """Start a pass over new frames, of which the last `alternatives` are not to be appended.
@@ -55,7 +56,7 @@ class Cache:
             raise ValueError(f"{frames} frames do not fit into the cache, which has room for "
                              f"{room}")
         self.appended, self.alternatives = frames - alternatives, alternatives
-        self.pending = {}
+        self.pending, self.mask = {}, None
 
     def recall(self, layer: nn.Module) -> tuple[Tensor, ...] | None:
         return self.memory.get(layer)
@@ -72,10 +73,13 @@ class Cache:
 
     def sees(self, device: torch.device) -> Tensor:
         """Which frames each new frame sees, bool [new, remembered + new]."""
+        if self.mask is not None:  # all layers ask in the same pass
+            return self.mask
         new = self.appended + self.alternatives
         sees = torch.ones(new, self.frames + new, dtype=torch.bool, device=device).tril(self.frames)
         itself = torch.eye(self.alternatives, dtype=torch.bool, device=device)
         sees[self.appended :, self.frames + self.appended :] = itself
+        self.mask = sees
         return sees
 
     @property

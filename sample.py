@@ -55,7 +55,13 @@ from episodes.npz import read_npy
 from errors import CheckpointError, DataError, RequestError
 from model.memory import keep_freed_memory
 from model.sampling import Sampling
-from model.saving import TINY_WORLD, load_world_model, readable_path
+from model.saving import (
+    ARENA_WORLD,
+    TINY_WORLD,
+    bundled_world,
+    load_world_model,
+    readable_path,
+)
 from model.vid2world import Model, to_frames, to_pixels
 from temporal.cache import Cache
 from viewing.pictures import save_gif, save_strip
@@ -385,13 +391,14 @@ def open_data(settings: Settings, model: Model) -> tuple[str, Episodes]:
 
     Raises DataError for one whose actions the model does not take.
     """
-    path, trained_on = Path(settings.checkpoint or TINY_WORLD), model.trained_on
+    path = Path(settings.checkpoint or bundled_world(settings.data))
+    trained_on = model.trained_on
     name = settings.data or trained_on.get("name")
     if name not in DATA_SETS:
         what = f"was trained on {name!r}, no data set here" if name else "names no data set"
         raise CheckpointError(f"{path} {what}: name one (--data, --root)")
     root = settings.root or trained_on.get("root") or default_root(name)
-    print(f"world: {readable_path(path, TINY_WORLD)}, data: {name} from "
+    print(f"world: {readable_path(path, TINY_WORLD, ARENA_WORLD)}, data: {name} from "
           f"{readable_path(root, SAMPLES)}")
     same = str(Path(root).resolve()) == trained_on.get("root")
     episodes = open_episodes(name, root, "val", fps=trained_on.get("fps") if same else None)
@@ -419,9 +426,9 @@ def compare_actions(name: str, dataset: DataSet, model: Model, learned: Sequence
 
 def run(settings: Settings) -> None:
     levels = settings.guidance_levels and tuple(settings.guidance_levels)
-    world = load_world(settings.checkpoint or TINY_WORLD, guidance=settings.guidance,
-                       guidance_levels=levels, steps=settings.steps, eta=settings.eta,
-                       seed=settings.seed)
+    world = load_world(settings.checkpoint or bundled_world(settings.data),
+                       guidance=settings.guidance, guidance_levels=levels, steps=settings.steps,
+                       eta=settings.eta, seed=settings.seed)
     name, episodes = open_data(settings, world.model)
     dataset, config = episodes.dataset, world.model.config
     if not 0 <= settings.episode < len(episodes):

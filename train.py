@@ -52,7 +52,7 @@ from dynamicrafter.checkpoint import read_checkpoint
 from dynamicrafter.resampler import Resampler
 from errors import DataError
 from model.memory import keep_freed_memory
-from model.sampling import TINY_SAMPLING
+from model.sampling import MEASURED
 from model.saving import (
     TINY_BASE,
     from_dynamicrafter,
@@ -210,8 +210,7 @@ def build_model(settings: Settings, dataset: DataSet) -> Model:
         model = Model(config)
     if settings.base and settings.scratch:  # keep what stays frozen
         model.unet, model.resampler = UNet(config.unet), Resampler(config.resampler)
-    if settings.preset == "tiny" and not model.sampling:
-        model.sampling = TINY_SAMPLING
+    model.sampling = model.sampling or MEASURED.get(settings.preset, {})
     tower = model.image_tower
     never_used = (tower.ln_post, tower.proj)  # by which the tower would reach CLIP's space
     for part in (model.autoencoder, *((tower,) if settings.base else never_used)):

@@ -1,11 +1,12 @@
 """From a run of train.py to a bundled checkpoint, in half precision.
 
     python -m bundled.bundle_checkpoint base runs/base checkpoints/tiny_base.pt
-    python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt
+    python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt \\
+        --base tiny_base.pt
 
 A base is laid out as DynamiCrafter's own checkpoint, so that `train.py --base` reads both alike. A
-world lies beside the base that it was trained from, `tiny_base.pt`, which holds the parts that
-stayed as they were.
+world holds everything, or, with --base, lies beside the base that it was trained from, which holds
+the parts that stayed as they were.
 """
 import argparse
 import sys
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from dynamicrafter.checkpoint import read_checkpoint
 from errors import CheckpointError
-from model.sampling import TINY_SAMPLING
-from model.saving import PREFIXES, by_our_names, load_model, save
+from model.sampling import MEASURED
+from model.saving import PREFIXES, by_our_names, load_model, preset_of, save
 
 
 def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -28,19 +29,19 @@ def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def bundle_base(run: Path, out: Path) -> None:
     weights = half(load_model(run).state_dict())
-    save(out, {"preset": "tiny", "state_dict": {
+    save(out, {"preset": preset_of(run), "state_dict": {
         theirs + name.removeprefix(ours): tensor for name, tensor in weights.items()
         for ours, theirs in PREFIXES.items() if name.startswith(ours)}})
 
 
-def bundle_world(run: Path, out: Path) -> None:
+def bundle_world(run: Path, out: Path, beside: str | None) -> None:
     content, world = read_checkpoint(run / "checkpoint.pt"), load_model(run).state_dict()
-    base = by_our_names(read_checkpoint(out.with_name("tiny_base.pt"))["state_dict"])
+    base = by_our_names(read_checkpoint(out.with_name(beside))["state_dict"]) if beside else {}
     changed = {name: tensor for name, tensor in world.items()
                if name not in base or not torch.equal(tensor, base[name].float())}
-    save(out, {"config": asdict(load_model(run).config), "sampling": TINY_SAMPLING,
+    save(out, {"config": asdict(load_model(run).config), "sampling": MEASURED[preset_of(run)],
                "weights": half(changed),
-               "frozen": "tiny_base.pt", "data": content["data"] | {"root": None},
+               "frozen": beside, "data": content["data"] | {"root": None},
                "step": content["step"]})
 
 
@@ -49,10 +50,14 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["base", "world"])
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--base", help="name of the bundled base beside a world")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        (bundle_base if args.what == "base" else bundle_world)(args.run, args.out)
+        if args.what == "base":
+            bundle_base(args.run, args.out)
+        else:
+            bundle_world(args.run, args.out, args.base)
         print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
     except CheckpointError as error:
         sys.exit(f"bundle_checkpoint: {error}")

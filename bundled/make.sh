@@ -29,4 +29,4 @@ python -m bundled.bundle_checkpoint base runs/base checkpoints/tiny_base.pt
 python train.py --data rt1 --root recorded/drawer --out runs/world --steps 11600 --cooldown 3550 --bf16 \
     --set clear_frames=0.6 weighting=clean dropout=0 sample_every=1000
 python -m bundled.tune_decoder runs/world --steps 1500 --bf16
-python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt
+python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt --base tiny_base.pt

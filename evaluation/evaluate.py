@@ -47,7 +47,7 @@ from evaluation.metrics import (
     ssim,
 )
 from evaluation.nar import imagine_together
-from model.saving import TINY_WORLD, save
+from model.saving import bundled_world, save
 from model.vid2world import ModelConfig
 from sample import WorldModel, compare_actions, load_world
 from training.processes import join_processes, leave_processes
@@ -277,9 +277,9 @@ def run(settings: Settings) -> None:
                "fvd": (i3d, settings.i3d)}
     networks = {name: load(path, device) for name, (load, path) in loaders.items() if path}
     levels = settings.guidance_levels and tuple(settings.guidance_levels)
-    world = load_world(settings.checkpoint or TINY_WORLD, device, guidance=settings.guidance,
-                       guidance_levels=levels,
-                       steps=settings.steps, eta=settings.eta, seed=settings.seed)
+    world = load_world(settings.checkpoint or bundled_world(settings.data), device,
+                       guidance=settings.guidance, guidance_levels=levels, steps=settings.steps,
+                       eta=settings.eta, seed=settings.seed)
     episodes = open_held_out(settings, world)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)

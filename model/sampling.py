@@ -6,8 +6,9 @@ import numpy as np
 from diffusion_forcing import LEVELS
 from errors import RequestError
 
-# What `python -m evaluation.controllability` found best for the bundled world.
-TINY_SAMPLING = {"guidance": 2.0, "guidance_levels": (0, 300), "steps": 4, "eta": 0.0}
+# What measurement found best for the small models (evaluation/RESULTS.md), by preset.
+MEASURED = {"tiny": {"guidance": 2.0, "guidance_levels": (0, 300), "steps": 4, "eta": 0.0},
+            "arena": {"guidance": 1.0, "steps": 4, "eta": 0.0}}
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,20 @@ from unet import UNet, UNetConfig, carry_over, released_unet, with_actions
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # the bundled ones
 TINY_BASE, TINY_WORLD = CHECKPOINTS / "tiny_base.pt", CHECKPOINTS / "tiny_world.pt"
+ARENA_WORLD = CHECKPOINTS / "arena_world.pt"
 
 PREFIXES = {"unet.": "model.diffusion_model.", "autoencoder.": "first_stage_model.",
             "image_tower.": "embedder.model.visual.", "resampler.": "image_proj_model."}
 
 
-def readable_path(path: str | Path, bundled: Path) -> str:
+def bundled_world(data: str | None) -> Path:
+    """The bundled world for a data set: the game for a game, or else the robot."""
+    return ARENA_WORLD if data == "csgo" else TINY_WORLD
+
+
+def readable_path(path: str | Path, *bundled: Path) -> str:
     """A path for people to read."""
-    return f"{bundled.name} (bundled)" if Path(path) == bundled else str(path)
+    return f"{Path(path).name} (bundled)" if Path(path) in bundled else str(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,7 +138,8 @@ def preset_of(path: str | Path) -> str:
         return content["preset"]
     if "config" in content:  # of a run: the one that is as wide
         width = content["config"]["unet"]["model_channels"]
-        return "tiny" if width == PRESETS["tiny"].unet.model_channels else "512"
+        return next((name for name, preset in PRESETS.items()
+                     if preset.unet.model_channels == width), "512")
     scale = read_lightning(path).get("scale_arr")
     if scale is None or not len(scale):
         return "512"
@@ -181,13 +188,14 @@ def load_model(path: str | Path, content: dict | None = None) -> Model:
     `read_checkpoint` gives of it, if that is known. Raises CheckpointError.
 
     The checkpoint holds what was trained and the name of the file beside it that holds what stayed
-    frozen.
+    frozen, or else everything.
     """
     path = checkpoint_file(path)
     content = content or read_checkpoint(path)
     try:
         config = read_config(content["config"])
-        frozen = read_checkpoint(path.parent / content["frozen"])
+        beside = content["frozen"]
+        frozen = read_checkpoint(path.parent / beside) if beside else {"weights": {}}
         if "state_dict" in frozen:  # the parts that stayed as they were in the base
             frozen["weights"] = by_our_names(frozen["state_dict"])
         weights = frozen["weights"] | content["weights"]

@@ -11,7 +11,7 @@ Training and sampling go through the same five methods: `encode`, `image_tokens`
 `denoise`, `decode`. Whoever wants another base than DynamiCrafter writes another class with these
 five.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,23 +40,35 @@ class ModelConfig:
     # a quirk of the released Vid2World: see `Model.image_context`
     all_tokens_unless_full: bool = False
 
+    @property
+    def small(self) -> bool:
+        """Whether it is trained here from scratch, rather than inherited from DynamiCrafter."""
+        return self.text_tower is None
+
+
+TINY = ModelConfig(  # frames are 16×20 latents of 4 numbers: fine detail, as of a robot's gripper
+    unet=UNetConfig(model_channels=64, channel_mult=(1, 1, 2), num_res_blocks=1,
+                    attention_resolutions=(2,), head_channels=16, context_dim=64, dropout=0.0),
+    autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1,
+                                  latent_scale=1.0),
+    image_tower=ImageTowerConfig(image_size=64, patch_size=16, width=64, layers=2, heads=2,
+                                 output_dim=64),
+    text_tower=None,
+    resampler=ResamplerConfig(dim=64, depth=1, heads=2, head_channels=32, num_queries=4,
+                              embedding_dim=64, output_dim=64),
+    size=(64, 80))
 
 PRESETS = {
     "512": ModelConfig(),
     "1024": ModelConfig(unet=UNetConfig(default_fps=10), size=(576, 1024), base_scale=0.3),
-    "tiny": ModelConfig(
-        unet=UNetConfig(model_channels=64, channel_mult=(1, 1, 2), num_res_blocks=1,
-                        attention_resolutions=(2,),
-                        head_channels=16, context_dim=64, dropout=0.0),
-        autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1,
-                                      latent_scale=1.0),
-        image_tower=ImageTowerConfig(image_size=64, patch_size=16, width=64, layers=2, heads=2,
-                                     output_dim=64),
-        text_tower=None,
-        resampler=ResamplerConfig(dim=64, depth=1, heads=2, head_channels=32, num_queries=4,
-                                  embedding_dim=64,
-                                  output_dim=64),
-        size=(64, 80)),
+    "tiny": TINY,
+    # 8×10 latents of 8 numbers, all of which attend to each other: large surfaces that move at
+    # once, as in a game
+    "arena": replace(
+        TINY,
+        unet=replace(TINY.unet, in_channels=16, out_channels=8, model_channels=96,
+                     channel_mult=(1, 1), attention_resolutions=(1,)),
+        autoencoder=replace(TINY.autoencoder, channel_mult=(1, 2, 2, 2), latent_channels=8)),
 }
 
 

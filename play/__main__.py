@@ -7,7 +7,7 @@ import torch
 from commands import command, option, parse
 from data import DATA_SETS
 from errors import RequestError
-from model.saving import TINY_WORLD
+from model.saving import bundled_world
 from play.keys import with_keys
 from play.server import PlayServer
 from sample import WorldModel, load_world, open_data
@@ -38,7 +38,7 @@ def check(settings: Settings) -> None:
 
 def play(settings: Settings) -> None:
     """Serve until Ctrl-C. Raises OSError if the port is taken."""
-    model = load_world(settings.checkpoint or TINY_WORLD).model
+    model = load_world(settings.checkpoint or bundled_world(settings.data)).model
     options = {"guidance": settings.guidance, "steps": settings.steps}
     WorldModel(model, **options)  # refuses here what would otherwise end every player's stream
     name, episodes = open_data(settings, model)

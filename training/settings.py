@@ -91,7 +91,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
         bundled = None if known.scratch or known.passive else str(TINY_BASE)
         base = known.base or bundled
         preset = preset_of(base) if base else "tiny"
-        defaults = {"base": base, "preset": preset} | (LAPTOP if preset == "tiny" else {})
+        defaults = {"base": base, "preset": preset} | (LAPTOP if PRESETS[preset].small else {})
     return parse(Settings, "Post-train a world model on robot episodes.", argv, complete,
                  **defaults)
 
@@ -106,12 +106,12 @@ def complete(settings: Settings) -> None:
         setattr(settings, name, convert(name, value, others[name]))
     if settings.preset not in PRESETS:
         raise RequestError(f"preset is {settings.preset!r}; it must be one of {', '.join(PRESETS)}")
-    if not settings.base and settings.preset != "tiny":
+    if not settings.base and not PRESETS[settings.preset].small:
         raise RequestError(f"preset {settings.preset} starts from DynamiCrafter's checkpoint: name "
                            "it with --base")
     preset = PRESETS[settings.preset]
     if not settings.size:
-        settings.size = small_size(settings) if settings.preset == "tiny" else list(preset.size)
+        settings.size = small_size(settings) if preset.small else list(preset.size)
     settings.bf16 = torch.cuda.is_available() if settings.bf16 is None else settings.bf16
     settings.shared_level = settings.shared_level or settings.passive
     for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every",
@@ -143,7 +143,7 @@ def small_size(settings: Settings) -> list[int]:
     dataset = DATA_SETS[settings.data]
     if settings.data in ("folder", "csgo"):  # whose frames may be of any size
         dataset = open_episodes(settings.data, settings.root, fps=settings.fps).dataset
-    (height, width), multiple = dataset.aspect, smallest_side(PRESETS["tiny"])
+    (height, width), multiple = dataset.aspect, smallest_side(PRESETS[settings.preset])
     return [64, multiple * max(1, round(64 * width / height / multiple))]
 
 

@@ -39,7 +39,8 @@ class Settings:
     out: str = option("runs/diamond", "run folder")
     minutes: float = option(60.0, "of training")
     batch: int = option(16, "clips a step")
-    lr: float = option(1e-4, "learning rate")
+    lr: float = option(3e-4, "learning rate, which falls to zero in the last third of the time")
+    bf16: bool = option(False, "compute in bfloat16")
     ahead: int = option(2, "frames of a clip that are predicted one from another")
     workers: int = option(1, "processes that decode frames")
     seed: int = option(0, "of everything random")
@@ -65,13 +66,15 @@ def train(settings: Settings) -> None:
                for first in range(0, 10**9, settings.batch))
     batches = DataLoader(clips, batch_sampler=numbers, collate_fn=collate,
                          num_workers=settings.workers)
-    out, began, saved, losses = Path(settings.out), time.monotonic(), 0.0, []
+    out, began, minutes, saved, losses = Path(settings.out), time.monotonic(), 0.0, 0.0, []
     out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(batches, "training", unit="step")
     for step, batch in enumerate(map(require_clips, bar)):
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * min(1, (step + 1) / 100)
-        loss = loss_of(network, to_pixels(batch["frames"]), batch["actions"])
+            left = 3 * (1 - minutes / settings.minutes)
+            group["lr"] = settings.lr * max(0, min(1, (step + 1) / 100, left))
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
+            loss = loss_of(network, to_pixels(batch["frames"]), batch["actions"])
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from episodes.tfrecord import encode_example, write_records
 
-FRAMES, STEPS_PER_FRAME = 24, 6
+FRAMES, STEPS_PER_FRAME = 24, 6  # of an episode, if nothing is said; of the simulator, held
 HEIGHT, WIDTH = 64, 80  # of a recorded frame; rendered at twice that
 CAMERA, CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)
 # where the hand starts and turns back, in metres
@@ -148,26 +148,27 @@ def held(rng: np.random.Generator, frames: int, draw: Callable, shortest: int, l
     return rows[:frames]
 
 
-def plan(behaviour: str, rng: np.random.Generator) -> np.ndarray:
-    """What the hand means to do, [FRAMES, 4]; the expert's own action comes on top of its noise."""
-    motion = rng.uniform(0.4, 1.0) * smooth_noise(rng, (FRAMES, 3), memory=0.8)
+def plan(behaviour: str, rng: np.random.Generator, frames: int) -> np.ndarray:
+    """What the hand means to do, [frames, 4]; the expert's own action comes on top of its noise."""
+    motion = rng.uniform(0.4, 1.0) * smooth_noise(rng, (frames, 3), memory=0.8)
     if behaviour == "pause":
-        motion *= np.array(held(rng, FRAMES, lambda: rng.integers(2), 2, 6))[:, None]
+        motion *= np.array(held(rng, frames, lambda: rng.integers(2), 2, 6))[:, None]
     if behaviour == "sweep":
         def one_direction() -> np.ndarray:
             return rng.uniform(0.5, 1) * rng.choice([-1, 1]) * np.eye(3)[rng.integers(3)]
 
-        motion = np.array(held(rng, FRAMES, one_direction, 3, 8))
-    gripper = np.array(held(rng, FRAMES, lambda: rng.choice([-1.0, 1.0]), 4, 12))
+        motion = np.array(held(rng, frames, one_direction, 3, 8))
+    gripper = np.array(held(rng, frames, lambda: rng.choice([-1.0, 1.0]), 4, 12))
     return np.concatenate([motion, gripper[:, None]], axis=1)
 
 
-def record(simulator: Simulator, behaviour: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def record(simulator: Simulator, behaviour: str, rng: np.random.Generator, frames: int = FRAMES
+           ) -> dict[str, np.ndarray]:
     """One episode: frame t shows the world before action t."""
     simulator.reset(rng)
     rows = {"frames": [], "actions": [], "position": [], "pixel": []}
     turn = np.ones(3)
-    for action in plan(behaviour, rng):
+    for action in plan(behaviour, rng, frames):
         if behaviour == "expert":
             scripted = simulator.policy.get_action(simulator.observation)
             action = np.append(action[:3] + scripted[:3], scripted[3])
@@ -226,7 +227,8 @@ def record_file(args: argparse.Namespace, files: int, number: int) -> int:
             rng = np.random.default_rng([args.seed,
                                          zlib.crc32(f"{args.world} {args.split}".encode()), i])
             task = WORLDS[args.world][i // len(BEHAVIOURS) % len(WORLDS[args.world])]
-            episode = record(simulator_of(task), BEHAVIOURS[i % len(BEHAVIOURS)], rng)
+            episode = record(simulator_of(task), BEHAVIOURS[i % len(BEHAVIOURS)], rng,
+                             args.frames)
             payloads.append(encode(episode, with_actions=args.world == "drawer"))
         # of this file alone: others are being written beside it
         unfinished = path.with_name(path.name + ".partial")
@@ -241,6 +243,7 @@ def main() -> None:
     parser.add_argument("--world", choices=WORLDS, default="drawer")
     parser.add_argument("--split", choices=["train", "val"], default="train")
     parser.add_argument("--episodes", type=int, default=1200)
+    parser.add_argument("--frames", type=int, default=FRAMES, help="per episode")
     parser.add_argument("--per-file", type=int, default=32)
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=0)

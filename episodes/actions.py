@@ -89,7 +89,8 @@ ARENA_MOUSE = ((FIRST_X + MOUSE_X.index(-100), tuple(count for count in MOUSE_X
 
 def arena_keys() -> dict[str, Key]:
     """Those of the game's keys that do something there; the arrows turn as fast as it can."""
-    known = ("w", "a", "s", "d", "left click")
-    keys = {name: key for name, key in csgo_keys().items() if key.label in known}
+    does = {"w": "ahead", "s": "back", "a": "left", "d": "right", "left click": "shoot"}
+    keys = {name: Key(does[key.label], key.index, 1) for name, key in csgo_keys().items()
+            if key.label in does}
     return keys | {"ArrowLeft": Key("turn left", FIRST_X + MOUSE_X.index(-100), 1),
                    "ArrowRight": Key("turn right", FIRST_X + MOUSE_X.index(100), 1)}

@@ -132,6 +132,16 @@ def read_batches(episodes: Episodes, frames: int, batch: int, config: ModelConfi
                         for clip in clips]), np.stack(actions)
 
 
+class Still:
+    """The world in which nothing ever happens."""
+
+    def reset(self, frames: np.ndarray, actions: np.ndarray | None = None) -> None:
+        self.frame = frames[:, -1]
+
+    def step(self, action: np.ndarray) -> np.ndarray:
+        return self.frame
+
+
 def imagine(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context: int = 1,
             nar: bool = False) -> np.ndarray:
     """Episodes side by side: uint8 [B, T, H, W, 3], the given frames included, from those and

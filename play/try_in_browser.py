@@ -3,7 +3,8 @@ play.try_in_browser --screenshot play.png
 
 Needs `pip install selenium`, a Chromium and its chromedriver (Debian: chromium chromium-driver).
 Starts `python -m play`, presses keys, reads the gripper's place off the page's picture before and
-after (evaluation/controllability.py), branches from the film strip, saves the GIF.
+after (evaluation/controllability.py), branches from the film strip, saves the GIF. With --data csgo
+it walks through the hall instead, with keys and mouse.
 """
 import argparse
 import base64
@@ -42,7 +43,7 @@ def open_browser(downloads: str):
 
 
 class Page:
-    def __init__(self, browser, reader: GripperReader):
+    def __init__(self, browser, reader: GripperReader | None):
         self.browser, self.reader = browser, reader
 
     def frame(self) -> int:
@@ -89,6 +90,53 @@ class Page:
             time.sleep(1.5)
 
 
+def save_gif(page: Page, downloads: Path) -> Path:
+    page.browser.find_element("id", "save").click()
+    page.until(lambda: any(downloads.glob("*.gif")), "the GIF is saved")
+    path = next(downloads.glob("*.gif"))
+    print(f"saved a GIF of {Image.open(path).n_frames} frames")
+    return path
+
+
+def walk(page: Page, downloads: Path, screenshot: str | None, gif: str | None) -> None:
+    """A game: every key changes the picture, the mouse turns and shoots."""
+    browser, latencies = page.browser, []
+    page.until(lambda: page.frame() == 1, "the first frame is shown")
+    for key, frames in (("ArrowRight", 14), ("w", 4), ("ArrowLeft", 10), ("d", 4), ("s", 4),
+                        ("ArrowRight", 18), ("a", 4), ("w", 4), ("Enter", 2)):
+        before, start = page.picture(), page.frame()
+        page.key("keyDown", key)
+        latencies.append(page.until(partial(page.is_beyond, start), f"{key} brings a frame"))
+        page.hold(key, frames)
+        change = np.abs(page.picture().astype(float) - before).mean()
+        print(f"{key}: the picture changed by {change:.1f} of 255")
+    print(f"from key to picture: {1000 * np.median(latencies):.0f} ms (median of {len(latencies)})")
+
+    canvas = browser.find_element("id", "screen")
+    canvas.click()
+    page.until(lambda: browser.execute_script("return playing()"), "a click gives the mouse away")
+    place, seen = dict(canvas.rect), set()
+    x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
+    page.key("keyDown", "w")
+    for step in range(60):
+        browser.execute_cdp_cmd("Input.dispatchMouseEvent", {
+            "type": "mouseMoved", "x": x + 8 * (step % 30), "y": y})
+        seen.add(browser.find_element("id", "action").text)
+        time.sleep(0.05)
+        if screenshot and step == 25:
+            browser.save_screenshot(screenshot)
+    page.key("keyUp", "w")
+    if not any("mouse +" in text and "w" in text for text in seen):
+        raise SystemExit(f"FAILED: the mouse turns while w is held: {sorted(seen)}")
+    print("frames per second on the page:", browser.find_element("id", "fps").text)
+    page.key("keyDown", "Escape")
+    browser.execute_script("document.exitPointerLock()")
+    saved = save_gif(page, downloads)
+    if gif:
+        Path(gif).write_bytes(saved.read_bytes())
+    print("all is well: keys, mouse, GIF")
+
+
 def play(page: Page, downloads: Path, screenshot: str | None) -> None:
     browser = page.browser
     page.until(lambda: page.frame() == 1, "the first frame is shown")
@@ -127,30 +175,32 @@ def play(page: Page, downloads: Path, screenshot: str | None) -> None:
         browser.save_screenshot(screenshot)
         page.key("keyUp", "ArrowRight")
     print("frames per second on the page:", browser.find_element("id", "fps").text)
-    browser.find_element("id", "save").click()
-    page.until(lambda: any(downloads.glob("*.gif")), "the GIF is saved")
-    gif = Image.open(next(downloads.glob("*.gif")))
-    print(f"saved a GIF of {gif.n_frames} frames")
+    save_gif(page, downloads)
     print("all is well: keys, strip, pad, GIF")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Try the page in a real browser.")
+    parser.add_argument("--data", choices=["rt1", "csgo"], default="rt1", help="which world")
     parser.add_argument("--screenshot", help="where to write a picture of the page")
+    parser.add_argument("--gif", help="where to write the walk through a game")
     parser.add_argument("--port", type=int, default=8124)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as downloads:
         browser = open_browser(downloads)
-        reader = train_reader(open_episodes("rt1", SAMPLES, "train"))
-        server = subprocess.Popen([sys.executable, "-m", "play", "--port", str(args.port)],
-                                  stdout=subprocess.PIPE,
-                                  text=True, cwd=REPOSITORY)
+        game = args.data == "csgo"
+        reader = None if game else train_reader(open_episodes("rt1", SAMPLES, "train"))
+        words = [sys.executable, "-m", "play", "--data", args.data, "--port", str(args.port)]
+        server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
         try:
             for line in server.stdout:
                 if "play at" in line:
                     break
             browser.get(f"http://127.0.0.1:{args.port}/")
-            play(Page(browser, reader), Path(downloads), args.screenshot)
+            if game:
+                walk(Page(browser, None), Path(downloads), args.screenshot, args.gif)
+            else:
+                play(Page(browser, reader), Path(downloads), args.screenshot)
         finally:
             browser.quit()
             server.terminate()

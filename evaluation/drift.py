@@ -1,0 +1,90 @@
+"""How long does an imagined world hold? python -m evaluation.drift --data csgo
+
+Every frame is imagined from imagined frames, so an error may grow without end. 100 frames of
+held-out episodes under their own actions; curves over time, of what was imagined and of what
+happened:
+
+    PSNR        against the true frame; and that of repeating the last given frame
+    colour      how far the mean colour has gone from the first frame's, of 255
+    sharpness   mean difference of neighbouring pixels: a world that blurs loses it
+"""
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from commands import command, option, parse
+from data import DATA_SETS
+from evaluation.evaluate import WorldSettings, imagine, open_held_out, read_batches
+from model.saving import bundled_world
+from sample import load_world
+from viewing.pictures import save_curves, save_strip
+from viewing.psnr import psnr
+
+
+def colour_shift(frames: np.ndarray) -> np.ndarray:
+    """uint8 [..., T, H, W, 3] -> [..., T]: distance of each frame's mean colour from the first's.
+    """
+    mean = frames.mean(axis=(-3, -2))  # [..., T, 3]
+    return np.linalg.norm(mean - mean[..., :1, :], axis=-1)
+
+
+def sharpness(frames: np.ndarray) -> np.ndarray:
+    """uint8 [..., T, H, W, 3] -> [..., T]: mean difference of neighbouring pixels."""
+    pixels = frames.astype(np.float32)
+    return (np.abs(np.diff(pixels, axis=-2)).mean(axis=(-3, -2, -1))
+            + np.abs(np.diff(pixels, axis=-3)).mean(axis=(-3, -2, -1))) / 2
+
+
+@dataclass
+class Settings(WorldSettings):
+    episodes: int | None = option(8, "held-out episodes", type=int)
+    frames: int = option(104, "frames of an episode, given ones included")
+    out: str = option("evaluations/drift", "folder for the results")
+
+
+def run(settings: Settings) -> None:
+    world = load_world(settings.checkpoint or bundled_world(settings.data), steps=settings.steps,
+                       eta=settings.eta, seed=settings.seed)
+    episodes, context = open_held_out(settings, world), DATA_SETS[settings.data].context
+    clips = [(frames, imagine(world, frames, actions[:, :-1], context)) for frames, actions in
+             read_batches(episodes, settings.frames, settings.batch, world.model.config)]
+    truth, imagined = (np.concatenate(both) for both in zip(*clips, strict=True))
+    given = truth[:, context - 1, None]
+    curves = {
+        "psnr": {"imagined": psnr(imagined, truth), "repeating": psnr(given, truth)},
+        "colour": {"imagined": colour_shift(imagined), "true": colour_shift(truth)},
+        "sharpness": {"imagined": sharpness(imagined), "true": sharpness(truth)}}
+    means = {measure: {name: rows.mean(axis=0) for name, rows in pair.items()}
+             for measure, pair in curves.items()}
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for measure, pair in means.items():
+        save_curves(out / f"{measure}_{settings.data}.png",
+                    {f"{measure}, {name}": list(enumerate(row))[context:]
+                     for name, row in pair.items()}, "frame")
+    save_strip(out / f"strip_{settings.data}.png",
+               {"truth": truth[0, ::8], "imagined": imagined[0, ::8]}, columns=14)
+
+    print(f"{len(episodes)} episodes of {settings.data}, {context} frames given; {world.sampling}")
+    print("\n| frame | PSNR (dB) | repeating | colour shift | true | sharpness | true |\n|"
+          f"{' --- |' * 7}")
+    for t in sorted({*range(context + 9, settings.frames - 1, 15), settings.frames - 1}):
+        cells = [f"{row[t]:.2f}" for pair in means.values() for row in pair.values()]
+        print(f"| {t} | {' | '.join(cells)} |")
+    (out / f"drift_{settings.data}.json").write_text(json.dumps({
+        "settings": asdict(settings), "means": {measure: {name: row.tolist() for name, row in
+                                                          pair.items()}
+                                                for measure, pair in means.items()}}))
+    print(f"\ncurves and a strip: {out}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = "Measure how a world holds in long rollouts."
+    return command("drift", lambda: run(parse(Settings, description, argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

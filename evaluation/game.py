@@ -1,0 +1,251 @@
+"""Does the imagined hall obey? python -m evaluation.game --root recorded/arena
+
+Who walks through a hall wants to know where they are. A small network learns to read the player's
+place and direction off recorded frames, whose truth the game knew, and then reads them off imagined
+ones:
+
+    own actions   under an episode's actions: how like what happened are the pictures (PSNR, SSIM),
+                  and how far is the player from where they were, after 12 and after 60 frames?
+    turning       12 frames of turning to one side: does the view turn to that side?
+    walls         24 frames straight on: does the player come to a stop?
+    return        72 frames of 5 degrees each: is the first frame back? It left the window long ago,
+                  so this asks whether the network knows the hall by heart.
+
+for the world model, for DIAMOND where a checkpoint is named, and for repeating the last given
+frame.
+"""
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from baselines.diamond import STEPS, DiamondWorld
+from baselines.train_diamond import load_diamond
+from commands import command, option, parse
+from data import Episodes, open_episodes
+from dynamicrafter.checkpoint import load_weights, read_checkpoint
+from episodes.actions import csgo_action
+from errors import DataError
+from evaluation.evaluate import Still, WorldSettings, imagine, open_held_out, read_batches
+from evaluation.metrics import ssim
+from evaluation.readers import FrameReader, fit
+from model.saving import bundled_world, save
+from sample import WorldModel, load_world
+from viewing.pictures import save_strip
+from viewing.psnr import psnr
+
+POSE = "steps/observation/pose"  # x and y in map units, and the direction in degrees
+GIVEN, SHORT, LONG = 4, 12, 60  # frames given, and imagined
+UNITS = 256.0  # half a side of the hall
+
+
+def pose_reader() -> FrameReader:
+    """Frames -> x and y in halves of the hall, cosine and sine of the direction."""
+    torch.manual_seed(0)
+    return FrameReader(4, widths=(32, 64, 96, 128), hidden=256)
+
+
+def read_poses(reader: FrameReader, frames: np.ndarray) -> np.ndarray:
+    """uint8 [..., 64, 80, 3] -> poses [..., 3]: x and y in map units, degrees."""
+    x, y, cosine, sine = np.moveaxis(reader.read(frames), -1, 0)
+    return np.stack([UNITS * x, UNITS * y, np.degrees(np.arctan2(sine, cosine))], axis=-1)
+
+
+def open_reader(path: Path, episodes: Episodes, steps: int) -> FrameReader:
+    """The reader of poses in a file, or a new one, which is then kept there."""
+    if path.exists():
+        return load_weights(pose_reader(), read_checkpoint(path)["weights"], str(path)).eval()
+    chosen = [episodes[i] for i in range(len(episodes))]
+    frames = np.concatenate([episode.frames for episode in chosen])
+    x, y, degrees = np.concatenate([episode.feature(POSE) for episode in chosen]).T
+    targets = np.stack([x / UNITS, y / UNITS, np.cos(np.radians(degrees)),
+                        np.sin(np.radians(degrees))], axis=1)
+    reader = pose_reader()
+    for _ in tqdm(fit(reader, frames, targets, steps), "pose reader", steps, disable=None):
+        pass
+    save(path, {"weights": reader.state_dict()})
+    return reader.eval()
+
+
+def apart(poses: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance in map units, and difference in degrees to the left (-180 .. 180), of poses [..., 3]
+    from others."""
+    distance = np.linalg.norm(poses[..., :2] - others[..., :2], axis=-1)
+    return distance, (poses[..., 2] - others[..., 2] + 180) % 360 - 180
+
+
+# --------------------------------------------------------------------------------------------------
+# What is measured
+
+
+@dataclass
+class Starts:
+    """Held-out episodes side by side."""
+    frames: np.ndarray  # uint8 [N, T, 64, 80, 3]
+    actions: np.ndarray  # [N, T, 51]
+    poses: np.ndarray  # [N, T, 3]
+
+
+def roll(world: object, starts: Starts, batch: int, action: np.ndarray | None = None,
+         new: int = LONG) -> np.ndarray:
+    """Imagine all starts, under their own actions or one that is repeated: uint8 [N, GIVEN + new,
+    64, 80, 3], the given frames included."""
+    actions = starts.actions[:, : GIVEN + new - 1].copy()
+    if action is not None:
+        known = starts.actions[:, : GIVEN - 1]
+        repeated = np.broadcast_to(action, (len(known), new, len(action)))
+        actions = np.concatenate([known, repeated], axis=1)
+    return np.concatenate([imagine(world, starts.frames[i : i + batch, :GIVEN],
+                                   actions[i : i + batch], GIVEN)
+                           for i in range(0, len(actions), batch)])
+
+
+def follow(world: object, starts: Starts, reader: FrameReader, batch: int, new: int
+           ) -> dict[str, float]:
+    """Own actions."""
+    imagined = roll(world, starts, batch, new=new)[:, GIVEN:]
+    truth, last = starts.frames[:, GIVEN : GIVEN + new], GIVEN + new - 1
+    repeated = psnr(starts.frames[:, GIVEN - 1, None], truth).mean(axis=0)
+    ours = psnr(imagined, truth).mean(axis=0)
+    distance, turned = apart(read_poses(reader, imagined[:, -1]), starts.poses[:, last])
+    return {"PSNR": ours.mean(), "SSIM": ssim(imagined, truth).mean(), "last PSNR": ours[-1],
+            "frames above repeating": float((ours > repeated).sum()),
+            "units off": np.median(distance), "degrees off": np.median(abs(turned))}
+
+
+def obey(world: object, starts: Starts, reader: FrameReader, batch: int) -> dict[str, float]:
+    """Turning, walls, return."""
+    def turned(x: int) -> np.ndarray:
+        clips = roll(world, starts, batch, csgo_action(x=x), SHORT)
+        return apart(read_poses(reader, clips[:, -1]), read_poses(reader, clips[:, GIVEN - 1]))[1]
+
+    turned_right, turned_left = turned(60), turned(-60)
+    ahead = read_poses(reader, roll(world, starts, batch, csgo_action(["w"]), 24)[:, GIVEN - 1 :])
+    first, last = (apart(ahead[:, t + 6], ahead[:, t])[0] for t in (0, 18))
+    circle = roll(world, starts, batch, csgo_action(x=100), 72)[:, GIVEN - 1 :]
+    missing = apart(read_poses(reader, circle[:, 72]), read_poses(reader, circle[:, 0]))[1]
+    return {"right turns right, %": 100 * (turned_right < 0).mean(),
+            "left turns left, %": 100 * (turned_left > 0).mean(),
+            "degrees of 36": np.median(np.concatenate([-turned_right, turned_left])),
+            "units in 6 frames ahead": np.median(first), "after 18": np.median(last),
+            "back after 360°, PSNR": psnr(circle[:, 72], circle[:, 0]).mean(),
+            "half way": psnr(circle[:, 36], circle[:, 0]).mean(),
+            "degrees off then": np.median(abs(missing))}
+
+
+def seconds_a_frame(world: object, starts: Starts) -> float:
+    """Of one world by itself; the median of 8 frames."""
+    world.reset(starts.frames[:1, :GIVEN], starts.actions[:1, : GIVEN - 1])
+    times = []
+    for t in range(GIVEN - 1, GIVEN + 8):
+        begun = time.perf_counter()
+        world.step(starts.actions[:1, t])
+        times.append(time.perf_counter() - begun)
+    return float(np.median(times[3:]))
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+@dataclass
+class Settings(WorldSettings):
+    data: str = option("csgo", "data set", choices=["csgo"])
+    frames: int = option(GIVEN + LONG, "frames of an episode, given ones included")
+    guidance: float | None = option(None, "as in sample.py", type=float)
+    diamond: str | None = option(None, "checkpoint of baselines/train_diamond.py")
+    seeds: int = option(1, "rollouts of own actions, each with noise of its own")
+    quick: bool = option(False, "12 frames of own actions and nothing else")
+    reader: str | None = option(None, "file of the pose reader; if left out, in --out")
+    reader_steps: int = option(3000, "to train it, where there is none")
+    out: str = option("evaluations/game", "folder for the results")
+
+
+def contenders(settings: Settings, world: WorldModel) -> dict[str, Callable[[int], object]]:
+    """Name -> from a seed to a world."""
+    worlds: dict[str, Callable[[int], object]] = {"repeating": lambda seed: Still()}
+    if settings.diamond:
+        network = load_diamond(settings.diamond)
+        for name, steps in STEPS.items():
+            worlds[f"DIAMOND, {name}"] = lambda seed, n=steps: DiamondWorld(network, n, seed)
+    options = {"guidance": settings.guidance, "steps": settings.steps, "eta": settings.eta}
+    worlds["Vid2World"] = lambda seed: WorldModel(world.model, seed=seed, **options)
+    return worlds
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Markdown: a row per world, a column per measurement."""
+    heads = list(next(iter(rows.values())))
+    lines = [f"| | {' | '.join(heads)} |", f"|{' --- |' * (1 + len(heads))}"]
+    for name, row in rows.items():
+        numbers = (f"{row[head]:.3f}" if abs(row[head]) < 1 else f"{row[head]:.2f}"
+                   for head in heads)
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
+    return lines
+
+
+def mean_and_spread(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The means over seeds and, of the first figure, the deviation."""
+    means = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
+    first = next(iter(means))
+    spread = float(np.std([run[first] for run in runs]))
+    return {first: means.pop(first), "± of seeds": spread} | means
+
+
+def run(settings: Settings) -> None:
+    world = load_world(settings.checkpoint or bundled_world(settings.data),
+                       guidance=settings.guidance, steps=settings.steps, eta=settings.eta)
+    if settings.quick:
+        settings.frames = GIVEN + SHORT
+    held_out = open_held_out(settings, world)
+    training = open_episodes(settings.data, settings.root, "train")
+    if not hasattr(training[0], "feature") or training.dataset.aspect != (64, 80):
+        raise DataError("poses are recorded in the arena's episodes alone")
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
+    reader = open_reader(Path(settings.reader or out / "reader.pt"), training,
+                         settings.reader_steps)
+    frames, actions = (np.concatenate(arrays) for arrays in zip(*read_batches(
+        held_out, settings.frames, settings.batch, world.model.config), strict=True))
+    poses = np.stack([held_out[i].feature(POSE)[: settings.frames] for i in range(len(held_out))])
+    starts = Starts(frames, actions, poses)
+    distance, turned = apart(read_poses(reader, frames), poses)
+    print(f"pose reader: off by {np.median(distance):.1f} units of {2 * UNITS:g} and "
+          f"{np.median(abs(turned)):.1f} degrees (medians) on {len(held_out)} held-out episodes; "
+          f"{world.sampling}", flush=True)
+
+    short, long, obeying = {}, {}, {}
+    for name, make in contenders(settings, world).items():
+        runs = [follow(make(seed), starts, reader, settings.batch, SHORT)
+                for seed in range(settings.seeds)]
+        short[name] = mean_and_spread(runs) | {"seconds a frame": seconds_a_frame(make(0), starts)}
+        print(f"{name}: {short[name]}", flush=True)
+        if not settings.quick:
+            long[name] = follow(make(0), starts, reader, settings.batch, LONG)
+            obeying[name] = obey(make(0), starts, reader, settings.batch)
+            shown = {"truth": frames[0, GIVEN - 1 :: 5],
+                     "own actions": roll(make(0), starts, settings.batch)[0, GIVEN - 1 :: 5]}
+            save_strip(out / f"{name.replace(', ', '_')}.png", shown, columns=12)
+    lines = [f"{len(held_out)} held-out episodes, {GIVEN} frames given; {world.sampling}"]
+    for title, rows in ((f"{SHORT} frames of own actions, {settings.seeds} seeds", short),
+                        (f"{LONG} frames of own actions", long), ("one action, repeated", obeying)):
+        lines += ["", f"{title}:", "", *table(rows)] if rows else []
+    print("\n" + "\n".join(lines))
+    (out / "result.md").write_text("\n".join(lines) + "\n")
+    (out / "result.json").write_text(json.dumps({
+        "settings": asdict(settings), "short": short, "long": long, "obeying": obeying}, indent=1))
+    print(f"\nwritten: {out}/result.md, result.json and strips")
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = "Measure whether an imagined game obeys."
+    return command("game", lambda: run(parse(Settings, description, argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Small networks that read numbers off a frame: where the player stands, how far a drawer is open,
+what an expert would do."""
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.vid2world import to_pixels
+
+
+class FrameReader(nn.Module):
+    """Frames of 64×80 pixels -> numbers of about unit size."""
+
+    def __init__(self, numbers: int, widths: tuple[int, ...] = (32, 64, 64, 64), hidden: int = 128):
+        super().__init__()
+        halve = [layer for a, b in zip((3, *widths), widths, strict=False)
+                 for layer in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.SiLU())]
+        self.layers = nn.Sequential(*halve, nn.Flatten(), nn.Linear(widths[-1] * 4 * 5, hidden),
+                                    nn.SiLU(), nn.Linear(hidden, numbers))
+
+    def forward(self, pixels: Tensor) -> Tensor:  # [N, 3, 64, 80] -> [N, numbers]
+        return self.layers(pixels)
+
+    @torch.no_grad()
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 [..., 64, 80, 3] -> [..., numbers]."""
+        flat = torch.from_numpy(frames.reshape(-1, *frames.shape[-3:]))
+        found = torch.cat([self(to_pixels(some[None])[0]) for some in flat.split(256)])
+        return found.numpy().reshape(*frames.shape[:-3], -1)
+
+
+def fit(reader: FrameReader, frames: np.ndarray, targets: np.ndarray, steps: int, size: int = 64,
+        cooldown: bool = True) -> Iterator[int]:
+    """Train a reader on frames uint8 [N, 64, 80, 3] and numbers [N, n]; gives the number of every
+    step that is done.
+
+    The frames are blurred and noisy, since imagined ones are no better.
+    """
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.from_numpy(targets).float()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3)
+    for step in range(steps):
+        rate = (1 + np.cos(np.pi * step / steps)) / 2 if cooldown else 1
+        optimizer.param_groups[0]["lr"] = 1e-3 * rate
+        picked = torch.randint(len(frames), (size,), generator=generator)
+        pixels = to_pixels(torch.from_numpy(frames[picked.numpy()])[None])[0]
+        blurred = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
+        pixels = pixels.lerp(blurred, torch.rand(size, 1, 1, 1, generator=generator))
+        strength = 0.1 * torch.rand(size, 1, 1, 1, generator=generator)
+        pixels = pixels + strength * torch.randn(pixels.shape, generator=generator)
+        loss = F.smooth_l1_loss(reader(pixels), wanted[picked], beta=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield step + 1

@@ -184,6 +184,10 @@ class Episode:
         flat = tfrecord.read_feature(self.path, self.offset, self.size, name)
         return flat.reshape(self.length, -1)
 
+    def text(self, name: str) -> str:
+        """A feature of text, as its first step has it. Raises DataError if it is not there."""
+        return tfrecord.read_text(self.path, self.offset, self.size, name)
+
     def open(self, start: int, stop: int) -> tuple[Iterable, np.ndarray]:
         """The pictures as they are stored, to be read one by one, and the actions."""
         dataset = self.dataset

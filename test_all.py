@@ -6,6 +6,7 @@ holds inputs and outputs of the original networks at small sizes.
 """
 import ast
 import contextlib
+import gzip
 import io
 import json
 import multiprocessing
@@ -23,7 +24,7 @@ import traceback
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,16 @@ import sample
 import train
 import unet
 from action_guidance import align_actions, drop_actions, guide
-from baselines import diamond, train_diamond
+from baselines import (
+    action_finetuning,
+    classifier_guidance,
+    clips,
+    controlnet,
+    diamond,
+    language_finetuning,
+    train_diamond,
+)
+from baselines.tokenizer import Tokenizer
 from bundled import record_arena
 from bundled.bundle_checkpoint import bundle_base, bundle_world
 from bundled.tune_decoder import tune_decoder
@@ -71,7 +81,7 @@ from episodes.tfrecord import (
     write_records,
 )
 from errors import CheckpointError, DataError, RequestError, UserError
-from evaluation import ablations, controllability, evaluate, metrics, transfers
+from evaluation import ablations, baselines, controllability, evaluate, metrics, transfers
 from evaluation.nar import imagine_together
 from model import saving
 from model.sampling import MEASURED
@@ -81,8 +91,11 @@ from model.saving import (
     from_dynamicrafter,
     from_vid2world,
     from_world,
+    frozen_weights,
     load_model,
     preset_of,
+    save,
+    trained_weights,
 )
 from model.vid2world import PRESETS, Model, ModelConfig, to_frames
 from play import __main__ as play
@@ -2360,6 +2373,154 @@ def test_diamond_trains_and_rolls_out():
         assert code == 0 and "2 frames at" in output, output
     refused(train_diamond.main, "sample", *words, "--checkpoint", TINY_WORLD,
             saying="is no checkpoint of baselines/train_diamond.py")
+
+
+def clip_baselines() -> tuple[np.ndarray, np.ndarray, Model, dict[str, tuple]]:
+    """A clip's first frame and actions, the passive base, and each baseline's method and model."""
+    settings = train.parse_arguments(["--data", "rt1"])
+    episodes = open_episodes("rt1", SAMPLES, "val")
+    frames, actions = episodes[0].read(0, 4)
+    methods = {"action": action_finetuning.METHOD, "controlnet": controlnet.METHOD,
+               "classifier": classifier_guidance.METHOD, "language": language_finetuning.method()}
+    built = {name: (method, method.build(settings, episodes.dataset))
+             for name, method in methods.items()}
+    return frames[None], actions[None, :3], clips.base_of(settings, episodes.dataset), built
+
+
+def test_baselines_start_exactly_as_the_base_and_follow_actions_once_they_have_learned():
+    frames, actions, base, built = clip_baselines()
+    as_base = clips.imagine_clips(base, frames, actions, steps=2)
+    for name, (_, model) in built.items():
+        told = np.ones((1, 3, 4), np.float32) if name == "language" else actions
+        assert np.array_equal(clips.imagine_clips(model, frames, told, steps=2), as_base), name
+    steer = classifier_guidance.towards_actions(built["classifier"][1], weight=1.0)
+    steered = clips.imagine_clips(built["classifier"][1], frames, actions, steps=4, steer=steer)
+    unsteered = clips.imagine_clips(base, frames, actions, steps=4)
+    assert not np.array_equal(steered, unsteered)
+    for layer in (built["action"][1].unet.action_emb_proj[-1],
+                  *built["controlnet"][1].unet.copy.zero_convs):
+        nn.init.normal_(layer.weight, std=0.1)
+    for name in ("action", "controlnet"):
+        one, other = (clips.imagine_clips(built[name][1], frames, sign * actions, steps=2)
+                      for sign in (1, -1))
+        assert not np.array_equal(one, other), name
+    refused_frames = np.zeros((1, 20, 13), np.float32)
+    with raises(RequestError, "21 frames do not fit into one clip of 16"):
+        clips.imagine_clips(base, frames, refused_frames)
+
+
+def test_gradients_reach_what_a_baseline_trains_and_nothing_else():
+    _, _, base, built = clip_baselines()
+    episodes = open_episodes("rt1", SAMPLES, "train")
+    batch, said = (collate([Clips(each, 4, (64, 80), seed=0)[0]]) for each in (
+        episodes, language_finetuning.CaptionedEpisodes(episodes)))
+    settings = replace(train.parse_arguments(["--data", "rt1"]), shared_level=True,
+                       action_dropout=0.0)
+    learns = {"action": ("unet.", "resampler."), "controlnet": ("unet.copy.",),
+              "classifier": ("unet.classifier.",), "language": ("unet.", "resampler.", "words.")}
+    for name, (method, model) in built.items():
+        train.batch_loss(method.loss(model, False), model, said if name == "language" else batch,
+                         settings).backward()
+        reached = {key for key, p in model.named_parameters() if p.grad is not None}
+        wanted = {key for key, p in model.named_parameters() if p.requires_grad}
+        assert reached <= wanted and all(key.startswith(learns[name]) for key in wanted), name
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+        if name in ("controlnet", "classifier"):  # every weight of the base is untouched
+            theirs = dict(base.unet.named_parameters())
+            assert all(torch.equal(p, theirs[key]) for key, p in model.unet.named_parameters()
+                       if key in theirs), name
+
+
+def test_a_saved_baseline_gives_the_same_samples():
+    frames, actions, _, built = clip_baselines()
+    for name, (method, model) in built.items():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.01
+        out = folder()
+        save(out / "frozen.pt", {"weights": frozen_weights(model)})
+        save(out / "checkpoint.pt", {"config": asdict(model.config), "frozen": "frozen.pt",
+                                     "weights": trained_weights(model), "step": 0})
+        again = load_model(out, kind=method.kind)
+        told = np.ones((1, 3, 4), np.float32) if name == "language" else actions
+        ours, theirs = (clips.imagine_clips(each, frames, told, steps=2)
+                        for each in (model, again))
+        assert np.array_equal(ours, theirs), name
+
+
+def test_a_baseline_is_trained_by_the_loop_of_train_py():
+    out = folder() / "run"
+    words = ["--data", "rt1", "--root", SAMPLES, "--out", out, "--steps", 1, "--batch", 1,
+             "--frames", 4, "--workers", 0, "--set", "val_clips=1"]
+    code, said = run_command(controlnet.main, *words)
+    assert code == 0 and "done at step 1" in said, said
+    code, said = run_command(controlnet.main, *words[:6], "--resume", "--steps", 2)
+    assert code == 0 and "resuming" in said and "done at step 2" in said, said
+    refused(controlnet.main, *words, "--overwrite", "--scratch", "--passive",
+            saying="starts from a passive model")
+
+
+def test_captions_say_what_the_arm_did_and_reach_the_network():
+    motion = np.zeros((8, 13), np.float32)
+    motion[:, 10], motion[:, 12], motion[:, 3] = 0.5, -0.3, 1
+    assert language_finetuning.describe_motion(motion) == ["right", "down", "closes"]
+    assert language_finetuning.word_numbers(["right"]).tolist() == [2, 0, 0, 0]
+    frames, _, base, built = clip_baselines()
+    model = built["language"][1]
+    nn.init.normal_(model.words.weight)
+    told = (np.tile(language_finetuning.word_numbers([word]), (1, 3, 1))
+            for word in ("left", "right"))
+    left, right = (clips.imagine_clips(model, frames, caption, steps=2) for caption in told)
+    assert not np.array_equal(left, right)
+    root = folder()
+    write_records(root / "fractal20220817_data-val.tfrecord-00000-of-00001", [encode_example({
+        "steps/observation/image": [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * 2,
+        language_finetuning.INSTRUCTION: [b"open middle drawer"] * 2,
+        **{name: np.zeros((2, width), np.float32) for name, width in DATA_SETS["rt1"].actions}})])
+    episodes = open_episodes("rt1", root)
+    assert episodes[0].text(language_finetuning.INSTRUCTION) == "open middle drawer"
+    spoken = language_finetuning.CaptionedEpisodes(
+        episodes, tokenizer=lambda caption: np.array([len(caption)]))
+    expected = len("Robot arm performs the task: open middle drawer")
+    assert spoken[0].read(0, 2)[1].tolist() == [[expected]] * 2
+    with raises(DataError, "no feature 'nothing'"):
+        episodes[0].text("nothing")
+
+
+def test_byte_pairs_are_merged_in_their_order():
+    pairs = ["o p", "op e", "ope n</w>", "d r"] + [f"x{i} y" for i in range(48890)]
+    path = folder() / "vocabulary.txt.gz"
+    path.write_bytes(gzip.compress(("#version\n" + "\n".join(pairs) + "\n").encode()))
+    tokenizer = Tokenizer(path)
+    assert tokenizer.split("open") == ["open</w>"] and tokenizer.split("odr") == ["o", "d", "r</w>"]
+    assert tokenizer.split("drop") == ["dr", "o", "p</w>"]
+    row = tokenizer("  OPEN&amp;amp; 7 ")
+    number = tokenizer.numbers
+    assert row.shape == (77,) and row[:6].tolist() == [
+        49406, number["open</w>"], number["&</w>"], number["7</w>"], 49407, 0]
+    assert number["!"] == 0 and number["op"] == 512
+    long = tokenizer("open " * 100)
+    assert long[-1] == 49407 and (long[1:-1] == number["open</w>"]).all()
+    path.write_bytes(b"no gzip")
+    with raises(DataError, "is no vocabulary of CLIP's"):
+        Tokenizer(path)
+
+
+def test_the_ways_to_steer_are_compared():
+    words = ["--quick", "--out", folder() / "table", "--frames", 4, "--rows", "base",
+             "classifier guidance", "language-conditioned", "Vid2World-NAR"]
+    before, controllability_steps = dict(baselines.METHODS), baselines.train_reader
+    baselines.train_reader = partial(controllability_steps, steps=2, size=2)
+    try:
+        code, printed = run_command(baselines.main, *words)
+        again = run_command(baselines.main, *words)[1]  # what is done is not done again
+    finally:
+        baselines.train_reader = controllability_steps
+    assert code == 0 and before == baselines.METHODS, printed
+    rows = [line for line in printed.splitlines() if re.match(r"\| [a-zV]", line)]
+    assert len(rows) == 4 and again.endswith(printed[printed.rindex("| base"):]), printed
+    refused(baselines.main, "--rows", "magic", saying="there is no row 'magic'")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ written once), arguments.json, log.jsonl, loss.png, and strips of imagined frame
 Paper: Algorithm 1; settings in B.3 and Table 3.
 """
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -140,15 +140,16 @@ def entropy(*numbers: int) -> int:
 # What a run starts from
 
 
-def prepare(settings: Settings, rank: int, device: torch.device
+def prepare(settings: Settings, method: "Method", rank: int, device: torch.device
             ) -> tuple[Model, Clips, Episodes, dict | None]:
     """The model, clips to train on, held-out episodes, and the checkpoint to go on from, if any."""
     if rank == 0:
         check_folder(Path(settings.out), settings.resume, settings.overwrite)
     say = print if rank == 0 else lambda *words: None
     root = settings.root or default_root(settings.data)
-    episodes, held_out = (open_episodes(settings.data, root, split, settings.frames, settings.fps)
-                          for split in ("train", "val"))
+    episodes, held_out = (
+        method.episodes(open_episodes(settings.data, root, split, settings.frames, settings.fps))
+        for split in ("train", "val"))
     say(f"data: {settings.data} from {readable_path(root, SAMPLES)}: {len(episodes)} episodes to "
         f"train on, {len(held_out)} held out; left out: {episodes.short + held_out.short} shorter "
         f"than {settings.frames} frames, {episodes.damaged + held_out.damaged} damaged")
@@ -156,7 +157,7 @@ def prepare(settings: Settings, rank: int, device: torch.device
         say(f"left out: {complaint}")
     base = readable_path(settings.base, TINY_BASE) if settings.base else "none, from scratch"
     say(f"base: {base}")
-    model, saved = start_or_resume(settings, episodes, rank, device)
+    model, saved = start_or_resume(settings, method, episodes, rank, device)
     learning, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is learns)
                         for learns in (True, False))
     say(f"{learning / 1e6:.1f} M parameters learn, {frozen / 1e6:.1f} M are frozen"
@@ -166,24 +167,25 @@ def prepare(settings: Settings, rank: int, device: torch.device
     return model, clips, held_out, saved
 
 
-def start_or_resume(settings: Settings, episodes: Episodes, rank: int, device: torch.device
-                    ) -> tuple[Model, dict | None]:
+def start_or_resume(settings: Settings, method: "Method", episodes: Episodes, rank: int,
+                    device: torch.device) -> tuple[Model, dict | None]:
     """The model, in which what learns requires grad, and the checkpoint that holds it, if any."""
     out = Path(settings.out)
     if settings.resume and (out / "checkpoint.pt").exists():
         saved = read_checkpoint(out / "checkpoint.pt")
-        model = load_model(out).to(device)
+        model = load_model(out, kind=method.kind).to(device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in saved["weights"])
     else:
-        saved, model = None, build_model(settings, episodes.dataset).to(device)
+        saved, model = None, method.build(settings, episodes.dataset).to(device)
         if rank == 0:
             write_settings(out, asdict(settings) | {"resume": False, "overwrite": False})
         if rank == 0 and not settings.base:
             pretrain_autoencoder(model, episodes, settings)
         if rank == 0 and episodes.dataset.standardise and not settings.passive:
             measure_actions(model, episodes)
-    if not settings.passive and model.action_dim != episodes.dataset.action_dim:
+    plain = method.kind is Model and not settings.passive
+    if plain and model.action_dim != episodes.dataset.action_dim:
         raise DataError(f"{settings.data} has actions of {episodes.dataset.action_dim} numbers, "
                         f"but the network in {out} takes {model.action_dim}")
     model.unet.checkpointing = settings.checkpointing
@@ -242,20 +244,32 @@ def measure_actions(model: Model, episodes: Episodes) -> None:
 # The loop
 
 
-def train(settings: Settings) -> int:
+@dataclass(frozen=True)
+class Method:
+    """What a run makes: world models, or what `baselines/` compares them with."""
+    build: Callable[[Settings, DataSet], Model] = build_model
+    kind: type[Model] = Model  # what `build` gives
+    loss: type[nn.Module] = PostTraining
+    episodes: Callable[[Episodes], Episodes] = staticmethod(lambda episodes: episodes)
+
+
+WORLD = Method()
+
+
+def train(settings: Settings, method: Method = WORLD) -> int:
     """Train until settings.steps or until a signal; returns the exit code."""
     keep_freed_memory()
     rank, processes, device = join_processes()
-    model, clips, held_out, saved = prepare(settings, rank, device)
+    model, clips, held_out, saved = prepare(settings, method, rank, device)
     start = saved["step"] if saved else 0
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, fused=True)
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
-    trainee = PostTraining(model, settings.bf16, settings.weighting).train()
+    trainee = method.loss(model, settings.bf16, settings.weighting).train()
     if processes > 1:  # which also hands the first process's weights to the others
         trainee = DistributedDataParallel(trainee)
-    recorder, validation = None, partial(validate, model, held_out, settings)
+    recorder, validation = None, partial(validate, model, held_out, settings, method.loss)
     if rank == 0:
         recorder = Recorder(settings, model, optimizer, held_out, validation, start)
 
@@ -318,21 +332,22 @@ def load_batches(clips: Clips, settings: Settings, start: int, rank: int, proces
 
 
 @torch.no_grad()
-def validate(model: Model, held_out: Episodes, settings: Settings) -> float:
-    """Mean loss of the velocity on held-out clips, always with the same noise and levels.
+def validate(model: Model, held_out: Episodes, settings: Settings,
+             loss: type[nn.Module] = PostTraining) -> float:
+    """Mean loss on held-out clips, always with the same noise and levels.
 
-    A world model is measured with a level per frame, whatever it trains with; nothing is dropped.
+    A causal model is measured with a level per frame, whatever it trains with; nothing is dropped.
     """
     fixed = replace(settings, action_dropout=0, image_dropout=0, clear_frames=0,
-                    shared_level=settings.passive)
+                    shared_level=not model.config.unet.causal)
     model.eval()
     clips = Clips(held_out, settings.frames, tuple(settings.size), settings.seed)
     losses = []
     for first in range(0, settings.val_clips, settings.batch):
         numbers = range(first, min(first + settings.batch, settings.val_clips))
         batch = require_clips(collate([clips[i] for i in numbers]))
-        loss = batch_loss(PostTraining(model, settings.bf16), model, batch, fixed).item()
-        losses += [loss] * len(numbers)
+        measured = batch_loss(loss(model, settings.bf16), model, batch, fixed).item()
+        losses += [measured] * len(numbers)
     model.train()
     return sum(losses) / len(losses)
 

@@ -69,6 +69,14 @@ def read_feature(path: Path, offset: int, size: int, name: str) -> np.ndarray:
     return feature_numbers(parse_example(read_record(path, offset, size)), name)
 
 
+def read_text(path: Path, offset: int, size: int, name: str) -> str:
+    """The first of a feature of texts. Raises DataError if it is not there."""
+    texts = feature_bytes(parse_example(read_record(path, offset, size)), name)
+    if not texts:
+        raise DataError(f"feature {name!r} is empty")
+    return bytes(texts[0]).decode("utf-8", "replace")
+
+
 def count_frames(message: memoryview, image: str, actions: Actions) -> int:
     example = parse_example(message)
     feature_list(example, image)

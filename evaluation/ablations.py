@@ -84,8 +84,9 @@ def complete(settings: Settings) -> None:
         settings.val_clips, settings.episodes = 8, 2
 
 
-def post_train(run: Path, variant: str, seed: int, settings: Settings) -> dict[int, float]:
-    """Train this variant, or the rest of it; held-out loss by step."""
+def post_train(run: Path, changes: dict, seed: int, settings: "Settings",
+               method: train.Method = train.WORLD) -> dict[int, float]:
+    """Train with these changes, or the rest of it; held-out loss by step."""
     every = max(1, settings.steps // 5)
     chosen = training.Settings(
         data=settings.data, root=settings.root, base=settings.base,
@@ -97,11 +98,10 @@ def post_train(run: Path, variant: str, seed: int, settings: Settings) -> dict[i
         val_clips=settings.val_clips, save_every=every, sample_every=10**9, dropout=0.0,
         augment=False, seed=seed,
         workers=settings.workers, bf16=settings.bf16, lr=training.LAPTOP["lr"])
-    chosen = replace(chosen, **VARIANTS[variant])
+    chosen = replace(chosen, **changes)
     training.complete(chosen)
-    if train.train(chosen):
-        raise DataError(f"post-training {variant!r} was interrupted; the same command goes on with "
-                        "it")
+    if train.train(chosen, method):
+        raise DataError(f"the training in {run} was interrupted; the same command goes on with it")
     rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     return {row["step"]: row["val"] for row in rows if "val" in row}
 
@@ -112,7 +112,7 @@ def measure(variant: str, seed: int, settings: Settings) -> dict:
     run = Path(settings.out) / f"{re.sub(r'[^a-z]+', '_', variant)}_{seed}"
     result = run / "result.json"
     if not result.exists():
-        losses = post_train(run, variant, seed, settings)
+        losses = post_train(run, VARIANTS[variant], seed, settings)
         guidance = 1.0 if variant == "no action dropout" else settings.guidance
         world = load_world(run, guidance=guidance, steps=settings.denoising_steps, seed=seed)
         rolled_out = WorldSettings(data=settings.data, root=settings.root,

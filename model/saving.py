@@ -183,9 +183,10 @@ def frozen_weights(model: Model) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
 
 
-def load_model(path: str | Path, content: dict | None = None) -> Model:
+def load_model(path: str | Path, content: dict | None = None, kind: type[Model] = Model) -> Model:
     """A model that train.py saved: `path` is its run folder or a checkpoint in it, `content` what
-    `read_checkpoint` gives of it, if that is known. Raises CheckpointError.
+    `read_checkpoint` gives of it, if that is known, `kind` the class that was trained. Raises
+    CheckpointError.
 
     The checkpoint holds what was trained and the name of the file beside it that holds what stayed
     frozen, or else everything.
@@ -200,7 +201,7 @@ def load_model(path: str | Path, content: dict | None = None) -> Model:
             frozen["weights"] = by_our_names(frozen["state_dict"])
         weights = frozen["weights"] | content["weights"]
         with torch.device("meta"):
-            model = Model(config)
+            model = kind(config)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -72,7 +72,7 @@ class Recorder:
 
     def save_strip(self, step: int) -> None:
         """Roll out the start of a held-out episode, and put the frames under the true ones."""
-        if self.settings.passive:
+        if not self.model.config.unet.causal:
             return
         episode = self.held_out[0]
         try:
@@ -95,5 +95,5 @@ class Recorder:
         print(f"{how} at step {len(self.log.rows)}: {', '.join(words)}")
         if stopped:
             print(f"go on:  python train.py --resume --out {self.out}")
-        elif not self.settings.passive:
+        elif self.model.config.unet.causal:
             print(f"see it: python sample.py --checkpoint {self.out} --guidance 2.0")

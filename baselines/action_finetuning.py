@@ -1,0 +1,53 @@
+"""Steering by fine-tuning: every frame's action is added to its time embedding, and all learns.
+
+    python -m baselines.action_finetuning --data rt1 --out runs/action
+
+The nearest neighbour of Vid2World: the same base, the same sum of embeddings, the same data. What
+it lacks is causality, a noise level of its own for every frame, and the dropping of actions, so
+neither a rollout nor guidance:
+
+    embedding of frame t = time(k) + fps + Linear(SiLU(Linear(action that led to t)))
+
+The last layer starts at zero: before its first step the network is the passive one.
+"""
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from baselines.clips import adopt, base_of, train_baseline
+from data import DataSet
+from dynamicrafter.layers import zero_init
+from model.vid2world import Model, ModelConfig
+from train import Method
+from training.settings import Settings
+
+
+class ActionModel(Model):
+    """A passive model whose frames know the action that led to them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        width, action_dim = config.unet.model_channels, config.unet.action_dim
+        self.unet.action_emb_proj = nn.Sequential(
+            nn.Linear(action_dim, width), nn.SiLU(), zero_init(nn.Linear(width, 4 * width)))
+
+
+def build(settings: Settings, dataset: DataSet) -> ActionModel:
+    base = base_of(settings, dataset)
+    unet = replace(base.config.unet, action_dim=dataset.action_dim)
+    model = ActionModel(replace(base.config, unet=unet))
+    adopt(model, base, new="action_emb_proj.")
+    return model
+
+
+METHOD = Method(build, ActionModel)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return train_baseline(METHOD, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Steering without training the model: a classifier of actions pulls the clip to where they show.
+
+    python -m baselines.classifier_guidance --data rt1 --out runs/classifier
+
+Dhariwal and Nichol 2021 (arXiv 2105.05233). A classifier sees a noisy clip and says which action
+led to each frame. Its gradient points to clips in which the wanted actions are easier to see, and
+corrects the noise that the frozen base predicts:
+
+    ε' = ε - √(1 - ᾱ) w ∇ log p(actions | x)        as a velocity: v' = v - w √((1 - ᾱ) / ᾱ) ∇ log p
+
+The classifier is a copy of the base's encoder and middle with a linear head. Each number of an
+action falls into one of three bins: about zero, below and above. At the highest level the clip is
+noise, ᾱ is zero, and nothing is corrected.
+"""
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from action_guidance import align_actions
+from baselines.clips import Velocity, adopt, base_of, train_baseline
+from data import DataSet
+from model.vid2world import Model, ModelConfig, to_pixels
+from train import Method
+from training.settings import Settings
+from unet import Conditions, UNet
+
+EDGES = (-0.2, 0.2)  # between the bins, of commands between -1 and 1
+BINS = len(EDGES) + 1
+
+
+class Classifier(nn.Module):
+    """Noisy latents of a clip -> which bin each number of the action that led to a frame is in."""
+
+    def __init__(self, base: UNet, action_dim: int):
+        super().__init__()
+        self.base_embed = base.embed  # of noise level and frame rate, frozen
+        for name in ("input_blocks", "init_attn", "middle_block"):
+            setattr(self, name, copy.deepcopy(getattr(base, name)))
+        width = base.config.channel_mult[-1] * base.config.model_channels
+        self.head = nn.Linear(width, BINS * action_dim)
+
+    def forward(self, x: Tensor, k: Tensor, context: dict) -> Tensor:
+        """x [B, T, in, H, W], k [B, T] -> log-probabilities [B, T, A, BINS]."""
+        conditions = Conditions(self.base_embed(k, None, None, None), context, None)
+        h = x.flatten(0, 1)
+        for i, block in enumerate(self.input_blocks):
+            for layer in [*block, *(self.init_attn if i == 0 else ())]:
+                h = layer(h, conditions)
+        for layer in self.middle_block:
+            h = layer(h, conditions)
+        logits = self.head(h.mean((2, 3))).unflatten(0, x.shape[:2]).unflatten(2, (-1, BINS))
+        return logits.log_softmax(dim=-1)
+
+
+class ClassifiedModel(Model):
+    """A passive model, and a classifier of actions beside it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.unet = UNet(replace(config.unet, action_dim=None))
+        self.unet.classifier = Classifier(self.unet, config.unet.action_dim)
+
+    def log_likelihood(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, actions: Tensor
+                       ) -> Tensor:
+        """[B, T, A] of the actions [B, T, A] taken at the frames; of the first nothing is asked."""
+        led_to = align_actions(actions)
+        seen = torch.cat([x, anchor.expand_as(x)], dim=2)
+        log_p = self.unet.classifier(seen, k, context)
+        edges = torch.tensor(EDGES, device=x.device)
+        bins = torch.bucketize(led_to.contiguous(), edges)
+        return log_p.gather(-1, bins[..., None])[..., 0][:, 1:]
+
+    def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, *others) -> Tensor:
+        return super().denoise(x, k, anchor, context)  # the base knows no actions
+
+
+class ClassifierTraining(nn.Module):
+    """The loss of a batch: actions read off clips at any noise level."""
+
+    def __init__(self, model: ClassifiedModel, bf16: bool, weighting: str = "velocity"):
+        super().__init__()
+        self.model, self.bf16 = model, bf16
+
+    def forward(self, frames: Tensor, actions: Tensor, draws: dict[str, Tensor]) -> Tensor:
+        model, k = self.model, draws["k"]
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
+            pixels = to_pixels(frames)
+            with torch.no_grad():
+                latents = model.encode(pixels, noise=draws["posterior"]).float()
+                context = model.context(model.image_tokens(pixels[:, 0]), frames.shape[1])
+            x = model.schedule.add_noise(latents, k, draws["noise"])
+            return -model.log_likelihood(x, k, latents[:, :1], context, actions).mean()
+
+
+def towards_actions(model: ClassifiedModel, weight: float) -> Callable[..., Velocity]:
+    """What `imagine_clips` takes to `steer`: the velocity, corrected by the classifier."""
+    def steer(velocity: Velocity, anchor: Tensor, context: dict, actions: Tensor) -> Velocity:
+        def corrected(x: Tensor, k: Tensor) -> Tensor:
+            v, (alpha, _) = velocity(x, k), model.schedule.at(k, x)
+            with torch.enable_grad():
+                wanted = x.clone().requires_grad_(True)
+                told = model.log_likelihood(wanted, k, anchor, context, actions).sum()
+                gradient = torch.autograd.grad(told, wanted)[0]
+            ratio = ((1 - alpha) / alpha.clamp(min=1e-2)).sqrt() * (alpha > 1e-2)
+            return v - weight * ratio * gradient
+        return corrected
+
+    return steer
+
+
+def build(settings: Settings, dataset: DataSet) -> ClassifiedModel:
+    base = base_of(settings, dataset)
+    unet = replace(base.config.unet, action_dim=dataset.action_dim)
+    model = ClassifiedModel(replace(base.config, unet=unet))
+    adopt(model, base, new="classifier.")
+    for name in ("input_blocks", "init_attn", "middle_block"):
+        getattr(model.unet.classifier, name).load_state_dict(
+            getattr(base.unet, name).state_dict())
+    model.requires_grad_(False)
+    model.unet.classifier.requires_grad_(True)
+    return model
+
+
+METHOD = Method(build, ClassifiedModel, ClassifierTraining)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return train_baseline(METHOD, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

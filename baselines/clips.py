@@ -1,0 +1,100 @@
+"""What the ways to steer a passive video model have in common: a whole clip at one noise level.
+
+The model stays as it was pretrained: every frame sees every other, all at the same noise level. So
+all actions have to be known before the first frame is there, and nobody can act on what they see.
+That is what Vid2World changes. Trained they are by `train.py`'s own loop.
+"""
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from action_guidance import align_actions
+from commands import command
+from data import DataSet, fit_frames
+from errors import RequestError
+from model.saving import from_dynamicrafter
+from model.vid2world import PRESETS, Model, ModelConfig, to_frames, to_pixels
+from train import Method, train
+from training.settings import Settings, parse_arguments
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # x [B, T, C, h, w] and k [B, T] -> v
+
+
+def base_of(settings: Settings, dataset: DataSet) -> Model:
+    """The passive model of `--base`, as it is."""
+    if not settings.base:
+        raise RequestError("a baseline starts from a passive model: name it with --base")
+    config: ModelConfig = PRESETS[settings.preset]
+    unet = replace(config.unet, default_fps=dataset.network_fps)
+    config = replace(config, unet=unet, size=tuple(settings.size), fit=dataset.fit)
+    torch.manual_seed(settings.seed)
+    return from_dynamicrafter(settings.base, config)
+
+
+def adopt(model: Model, base: Model, new: str) -> None:
+    """Give a model the weights of its base; only those of its U-Net that begin with `new` are
+    its own. What is frozen in the base is frozen in the model."""
+    for name in ("autoencoder", "image_tower", "resampler"):
+        getattr(model, name).load_state_dict(getattr(base, name).state_dict())
+    model.text = base.text
+    missing, unexpected = model.unet.load_state_dict(base.unet.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith(new) for name in missing), (missing, unexpected)
+    for part in (model.autoencoder, model.image_tower):
+        part.requires_grad_(False)
+
+
+def train_baseline(method: Method | Callable[[Settings], Method],
+                   argv: Sequence[str] | None = None) -> int:
+    """The command of a baseline: options of train.py, one level a clip, no action hidden."""
+    def run() -> int:
+        settings = parse_arguments(argv)
+        chosen = method if isinstance(method, Method) else method(settings)
+        return train(replace(settings, shared_level=True, action_dropout=0.0), chosen)
+
+    return command(Path(sys.argv[0]).stem, run)
+
+
+@torch.no_grad()  # and not inference_mode: a classifier asks for gradients on the way
+def imagine_clips(model: Model, frames: np.ndarray, actions: np.ndarray, steps: int = 10,
+                  eta: float = 0.0, seed: int = 0,
+                  steer: Callable[..., Velocity] | None = None) -> np.ndarray:
+    """Clips side by side, all frames together: uint8 [B, T, H, W, 3] from first frames
+    [B, ≥ 1, H, W, 3] and actions [B, T - 1, A]. The first frame is the given one.
+
+    steer  makes of (velocity, anchor, context, actions [B, T, A]) the velocity to follow
+
+    Raises RequestError for more frames than a clip has.
+    """
+    B, T = len(frames), actions.shape[1] + 1
+    if T > model.num_frames:
+        raise RequestError(f"{T} frames do not fit into one clip of {model.num_frames}")
+    model.eval()
+    given = np.stack([fit_frames(clip[:1], *model.config.size, model.config.fit)
+                      for clip in frames])
+    pixels = to_pixels(torch.from_numpy(given)).to(model.device)
+    anchor = model.encode(pixels)
+    taken = torch.from_numpy(np.concatenate([actions, actions[:, -1:]], axis=1)).float()
+    taken = model.standardise(taken.to(model.device)) if model.action_dim else taken
+    led_to = align_actions(taken) if model.action_dim else None
+    context = model.context(model.image_tokens(pixels[:, 0]), T)
+
+    def velocity(x: Tensor, k: Tensor) -> Tensor:
+        return model.denoise(x, k, anchor, context, led_to).float()
+
+    follow = steer(velocity, anchor, context, taken) if steer else velocity
+    generator = torch.Generator().manual_seed(seed)
+    def noise() -> Tensor:
+        return torch.randn(B, T, *model.latent_shape, generator=generator).to(model.device)
+
+    x, levels = noise(), model.schedule.ddim_levels(steps)
+    for k, k_next in zip(levels, levels[1:] + [0], strict=True):
+        v = follow(x, torch.full((B, T), k, device=x.device))
+        x = model.schedule.ddim_step(x, v, k, k_next, eta, noise() if eta > 0 else None)
+    imagined = to_frames(model.decode(x))
+    imagined[:, 0] = given[:, 0]
+    return imagined

@@ -1,0 +1,121 @@
+"""Steering from outside: the base stays as it is, and a copy of half of it whispers into the rest.
+
+    python -m baselines.controlnet --data rt1 --out runs/controlnet
+
+Zhang et al. 2023 (arXiv 2302.05543). The copy is of the encoder and the middle; its embedding also
+carries the action. What it makes passes convolutions that start at zero, and is added to the skip
+connections and to the middle of the frozen base:
+
+    x ─▶ encoder ──skips──┬──▶ decoder ─▶ v        frozen
+     └─▶ copy ──zero conv─┘                        learns
+          ▲ action
+
+Before the first step the sum is the base's own output, exactly.
+"""
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from action_guidance import action_embedding
+from baselines.clips import adopt, base_of, train_baseline
+from data import DataSet
+from dynamicrafter.layers import zero_init
+from model.vid2world import Model, ModelConfig
+from train import Method
+from training.settings import Settings
+from unet import Conditions, Context, UNet
+
+
+class Copy(nn.Module):
+    """Encoder and middle of a U-Net, and a zero convolution for everything that they make."""
+
+    def __init__(self, base: UNet, action_dim: int):
+        super().__init__()
+        for name in ("time_embed", "fps_embedding", "input_blocks", "init_attn", "middle_block"):
+            setattr(self, name, copy.deepcopy(getattr(base, name)))
+        config = base.config
+        self.action_emb = action_embedding(action_dim, config.model_channels)
+        widths = [config.model_channels]  # of the skip connections
+        for level, multiplier in enumerate(config.channel_mult):
+            widths += [multiplier * config.model_channels] * config.num_res_blocks
+            widths += widths[-1:] * (level < len(config.channel_mult) - 1)
+        self.zero_convs = nn.ModuleList(zero_init(nn.Conv2d(width, width, 1))
+                                        for width in [*widths, widths[-1]])
+
+
+class ControlledUNet(UNet):
+    """A frozen U-Net with a copy that knows the actions."""
+
+    def __init__(self, config, action_dim: int):
+        super().__init__(config)
+        self.copy, self.action_dim = Copy(self, action_dim), action_dim
+
+    def begin(self) -> None:
+        """The copy starts as the base is now; the base learns no more."""
+        for name, part in self.copy.named_children():
+            if hasattr(self, name):
+                part.load_state_dict(getattr(self, name).state_dict())
+        self.requires_grad_(False)
+        self.copy.requires_grad_(True)
+
+    def predict(self, x: Tensor, k: Tensor, context: Context, fps: Tensor | None = None,
+                actions: Tensor | None = None, *others) -> Tensor:
+        """As `UNet.predict`, without a cache."""
+        B, T = x.shape[:2]
+        k = k.view(B, -1).expand(B, T)
+        plain = Conditions(self.embed(k, fps, None, None), context, None)
+        theirs = plain.emb if actions is None else plain.emb + self.copy.action_emb(actions)
+        h, skips = self.encode(self, x.flatten(0, 1), plain)
+        copied, copied_skips = self.encode(self.copy, x.flatten(0, 1),
+                                           Conditions(theirs, context, None))
+        added = [conv(part) for conv, part in
+                 zip(self.copy.zero_convs, [*copied_skips, copied], strict=True)]
+        h = h + added.pop()
+        for block in self.output_blocks:
+            h = self.run(block, torch.cat([h, skips.pop() + added.pop()], dim=1), plain)
+        return self.out(h).unflatten(0, (B, T))
+
+    def encode(self, part: nn.Module, h: Tensor, conditions: Conditions
+               ) -> tuple[Tensor, list[Tensor]]:
+        """Encoder and middle of the base or of the copy: the middle's output, and the skips."""
+        skips = []
+        for i, block in enumerate(part.input_blocks):
+            h = self.run(block, h, conditions)
+            if i == 0:
+                h = self.run(part.init_attn, h, conditions)
+            skips.append(h)
+        return self.run(part.middle_block, h, conditions), skips
+
+
+class ControlledModel(Model):
+    """A passive model under control; its config says how many numbers an action has."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        passive = replace(config.unet, action_dim=None)
+        self.unet = ControlledUNet(passive, config.unet.action_dim)
+
+
+def build(settings: Settings, dataset: DataSet) -> ControlledModel:
+    base = base_of(settings, dataset)
+    unet = replace(base.config.unet, action_dim=dataset.action_dim)
+    model = ControlledModel(replace(base.config, unet=unet))
+    adopt(model, base, new="copy.")
+    model.requires_grad_(False)
+    model.unet.begin()
+    return model
+
+
+METHOD = Method(build, ControlledModel)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return train_baseline(METHOD, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Steering by words: a caption of what the robot does, through the cross-attention that is there.
+
+    python -m baselines.language_finetuning --data rt1 --out runs/language
+    python -m baselines.language_finetuning --data rt1 --root … --base model.ckpt \\
+        --vocabulary bpe_simple_vocab_16e6.txt.gz
+
+DynamiCrafter reads a caption at every frame. So nothing is added: "Robot arm performs the task:
+open the drawer." takes the place of the empty caption, and all of the U-Net learns. RT-1 says in
+words what its robot was told; the bundled drawer's episodes do not, so their captions say what the
+recorded motion was: "right, up, closes". At full size CLIP's text tower reads them; the small model
+learns a table of words.
+
+To `train.py`'s loop a caption is an action like any other: a row of numbers of words, the same at
+every frame.
+"""
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor, nn
+
+from baselines.clips import adopt, base_of, train_baseline
+from baselines.tokenizer import LENGTH, Tokenizer
+from data import DataSet, Episode, Episodes
+from dynamicrafter.checkpoint import load_part, read_lightning
+from dynamicrafter.clip import TextTower
+from errors import RequestError
+from model.vid2world import Model, ModelConfig
+from train import Method
+from training.settings import Settings
+
+INSTRUCTION = "steps/observation/natural_language_instruction"
+PREFIX = "Robot arm performs the task: "
+WORDS = ("", "left", "right", "near", "far", "down", "up", "opens", "closes")
+AXES = ((10, "left", "right"), (11, "near", "far"), (12, "down", "up"), (3, "opens", "closes"))
+MOST = 4  # words of a motion
+
+
+def describe_motion(actions: np.ndarray) -> list[str]:
+    """What actions [T, 13] did: a word for each direction whose mean is more than a tenth."""
+    means = actions.mean(axis=0)
+    return [above if means[i] > 0 else below for i, below, above in AXES if abs(means[i]) > 0.1]
+
+
+def word_numbers(words: Sequence[str]) -> np.ndarray:
+    """[MOST] numbers of words, the empty word behind them."""
+    numbers = [WORDS.index(word) for word in words]
+    return np.array(numbers + [0] * (MOST - len(numbers)), np.float32)
+
+
+@dataclass(frozen=True)
+class Captioned(Episode):
+    """An episode whose actions are its caption."""
+    tokenizer: Tokenizer | None = None
+
+    def open(self, start: int, stop: int) -> tuple:
+        images, actions = super().open(start, stop)
+        if self.tokenizer:
+            row = self.tokenizer(PREFIX + self.text(INSTRUCTION)).astype(np.float32)
+        else:
+            row = word_numbers(describe_motion(actions))
+        return images, np.tile(row, (len(actions), 1))
+
+
+class CaptionedEpisodes(Episodes):
+    """Episodes with a caption, of the drawer's motion or, with a tokenizer, of RT-1's words."""
+
+    def __init__(self, episodes: Episodes, tokenizer: Tokenizer | None = None):
+        super().__init__(episodes.dataset, episodes.paths, episodes.records, episodes.short,
+                         episodes.damaged, episodes.complaints)
+        self.tokenizer = tokenizer
+
+    def __getitem__(self, i: int) -> Captioned:
+        return Captioned(**vars(super().__getitem__(i)), tokenizer=self.tokenizer)
+
+
+class LanguageModel(Model):
+    """A passive model that reads a caption: MOST words of a table, or CLIP's LENGTH tokens."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.unet = type(self.unet)(replace(config.unet, action_dim=None))
+        if config.text_tower:
+            self.tower = TextTower(config.text_tower)
+        else:
+            self.words = nn.Embedding(len(WORDS), config.unet.context_dim)
+            nn.init.zeros_(self.words.weight)  # as the empty caption is
+
+    def read(self, numbers: Tensor) -> Tensor:
+        """Numbers of a caption [B, N] -> the tokens that the U-Net reads, [B, N, D]."""
+        return self.tower(numbers) if self.config.text_tower else self.words(numbers)
+
+    def context(self, tokens: Tensor, frames: int) -> Tensor:
+        return self.image_context(tokens, frames)  # the rest once the caption is known
+
+    def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, context: Tensor,
+                actions: Tensor | None = None, *others) -> Tensor:
+        """As `Model.denoise`; the actions [B, T, N] of the last frame are the caption."""
+        numbers = actions[:, -1].round().long()
+        projected = self.unet.context(self.read(numbers), context)
+        return super().denoise(x, k, anchor, projected)
+
+
+def build(settings: Settings, dataset: DataSet) -> LanguageModel:
+    base = base_of(settings, dataset)
+    width = LENGTH if base.config.text_tower else MOST
+    unet = replace(base.config.unet, action_dim=width)
+    model = LanguageModel(replace(base.config, unet=unet))
+    adopt(model, base, new="none")
+    if base.config.text_tower:
+        model.tower = load_part(TextTower, base.config.text_tower, read_lightning(settings.base),
+                                "cond_stage_model.model.", settings.base)
+        model.tower.requires_grad_(False)
+    return model
+
+
+def method(vocabulary: str | None = None) -> Method:
+    tokenizer = Tokenizer(vocabulary) if vocabulary else None
+    return Method(build, LanguageModel,
+                  episodes=lambda episodes: CaptionedEpisodes(episodes, tokenizer))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--vocabulary", help="CLIP's list of merges, at full size")
+    ours, others = parser.parse_known_args(argv)
+
+    def chosen(settings: Settings) -> Method:
+        if (settings.preset != "tiny") != bool(ours.vocabulary):
+            raise RequestError("a full-size model reads through CLIP's vocabulary (--vocabulary "
+                               "bpe_simple_vocab_16e6.txt.gz), and a small one has no use for it")
+        return method(ours.vocabulary)
+
+    return train_baseline(chosen, others)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

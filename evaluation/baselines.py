@@ -1,0 +1,179 @@
+"""The ways to steer a video model, side by side: python -m evaluation.baselines [--quick]
+
+Each starts from the same passive base, is trained by the same loop for the same steps on the same
+clips, and imagines the same held-out episodes from their first frame:
+
+    base                   the passive model: it cannot know what is done
+    classifier guidance    the base, pulled by a classifier of actions (baselines/)
+    ControlNet             the base, and a copy of its encoder that knows the actions
+    action-conditioned     fine-tuned, actions in the embedding
+    language-conditioned   fine-tuned, what happens in words
+    Vid2World-NAR          the world model, all frames together
+    Vid2World              the world model, frame by frame
+
+PSNR and SSIM; and how far the gripper is from its true place at the last frame, read off the frames
+by a small network (evaluation/controllability.py), beside that network's own error. What is done is
+kept (--out). Paper: Table 1.
+"""
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from baselines import action_finetuning, classifier_guidance, controlnet, language_finetuning
+from baselines.clips import base_of, imagine_clips
+from commands import command, option, parse
+from data import Episodes, open_episodes
+from errors import RequestError
+from evaluation.ablations import post_train
+from evaluation.controllability import PIXEL, GripperReader, recorded, train_reader
+from evaluation.evaluate import imagine, read_batches
+from evaluation.metrics import ssim
+from model.saving import TINY_BASE, load_model, preset_of
+from model.vid2world import PRESETS
+from sample import load_world
+from training.settings import Settings as TrainSettings
+from viewing.psnr import psnr
+
+CLIPS = {"shared_level": True, "action_dropout": 0.0}  # one level a clip, no action hidden
+WORLD = {"clear_frames": 0.6, "weighting": "clean"}  # as the bundled world was trained
+METHODS = {  # row -> what trains it, and with which settings; rows with one name share a run
+    "classifier guidance": ("classifier", classifier_guidance.METHOD, CLIPS),
+    "ControlNet": ("controlnet", controlnet.METHOD, CLIPS),
+    "action-conditioned": ("action", action_finetuning.METHOD, CLIPS),
+    "language-conditioned": ("language", language_finetuning.method(), CLIPS),
+    "Vid2World-NAR": ("world", train.WORLD, WORLD),
+    "Vid2World": ("world", train.WORLD, WORLD),
+}
+ROWS = ("base", *METHODS)
+PUBLISHED = {  # the paper's Table 1, RT-1: FVD, FID, SSIM, LPIPS, PSNR
+    "classifier guidance": "213.1 / 6.0 / .683 / .250 / 19.8",
+    "ControlNet": "27.1 / 3.25 / .836 / .148 / 24.5",
+    "action-conditioned": "24.2 / 2.97 / .852 / .134 / 25.6",
+    "language-conditioned": "33.7 / 3.51 / .812 / .177 / 22.1",
+    "Vid2World-NAR": "18.7 / 5.87 / .856 / .140 / 25.8",
+    "Vid2World": "18.5 / 5.81 / .842 / .152 / 24.6"}
+
+
+@dataclass
+class Settings:
+    base: str | None = option(None, "passive model to start from; if left out, the bundled one")
+    data: str = option("rt1", "data set")
+    root: str | None = option(None, "its folder; if left out, the bundled episodes")
+    rows: list[str] | None = option(None, f"which: {', '.join(ROWS)}; if left out, all", nargs="+",
+                                    metavar="NAME", type=str)
+    seeds: int = option(3, "runs of every row")
+    steps: int = option(300, "of training")
+    cooldown: int = option(150, "as in train.py")
+    batch: int = option(4, "clips per step")
+    frames: int = option(16, "frames per clip, in training and of an episode")
+    val_clips: int = option(8, "held-out clips in a validation loss")
+    workers: int = option(0, "processes that decode frames")
+    bf16: bool = option(False, "train in bfloat16")
+    episodes: int = option(16, "held-out episodes to imagine")
+    denoising_steps: int = option(10, "of every sampler")
+    weight: float = option(1.0, "of the classifier's gradient")
+    quick: bool = option(False, "one seed and 10 steps: minutes, and not to be believed")
+    out: str = option("runs/baselines", "folder for runs and the table")
+
+
+def complete(settings: Settings) -> None:
+    settings.base, settings.rows = settings.base or str(TINY_BASE), settings.rows or list(ROWS)
+    unknown = [name for name in settings.rows if name not in ROWS]
+    if unknown:
+        raise RequestError(f"there is no row {unknown[0]!r}; known are {', '.join(ROWS)}")
+    if settings.quick:
+        settings.seeds, settings.steps, settings.cooldown, settings.episodes = 1, 10, 5, 2
+        settings.batch, settings.val_clips, settings.denoising_steps = 1, 1, 2
+
+
+def imaginer(row: str, run: Path, seed: int, settings: Settings, held_out: Episodes
+             ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """(frames, actions, captions) -> imagined clips, of a row that has been trained."""
+    options = {"steps": settings.denoising_steps, "seed": seed}
+    if row == "base":
+        chosen = TrainSettings(base=settings.base, preset=preset_of(settings.base),
+                               size=list(PRESETS[preset_of(settings.base)].size))
+        model = base_of(chosen, held_out.dataset)
+        return lambda frames, actions, captions: imagine_clips(model, frames, actions, **options)
+    if row.startswith("Vid2World"):
+        world = load_world(run, guidance=1.0, steps=settings.denoising_steps, eta=0.0, seed=seed)
+        return lambda frames, actions, captions: imagine(world, frames, actions,
+                                                         nar=row.endswith("NAR"))
+    model = load_model(run, kind=METHODS[row][1].kind)
+    steer = None
+    if row == "classifier guidance":
+        steer = classifier_guidance.towards_actions(model, settings.weight)
+    return lambda frames, actions, captions: imagine_clips(
+        model, frames, captions if row.startswith("language") else actions, steer=steer, **options)
+
+
+def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader: GripperReader
+            ) -> dict[str, float]:
+    """PSNR, SSIM and the gripper's error of a row and seed, from its file or made now."""
+    folder = Path(settings.out)
+    result = folder / f"{row.replace(' ', '_')}_{seed}.json"
+    if not result.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        run = folder
+        if row in METHODS:
+            name, method, changes = METHODS[row]
+            run = folder / f"{name}_{seed}"
+            post_train(run, changes, seed, settings, method)
+        make, scores = imaginer(row, run, seed, settings, held_out), []
+        captioned = language_finetuning.CaptionedEpisodes(held_out)
+        config, T = PRESETS[preset_of(settings.base)], settings.frames
+        batches = zip(*(read_batches(each, T, 8, config) for each in (held_out, captioned)),
+                      strict=True)
+        first = 0
+        for (truth, actions), (_, captions) in batches:
+            imagined = make(truth, actions[:, :-1], captions[:, :-1])
+            places = np.stack([held_out[first + i].feature(PIXEL)[T - 1]
+                               for i in range(len(truth))])
+            off = np.linalg.norm(reader.read(imagined[:, -1]) - places, axis=-1)
+            scores.append(np.stack([psnr(imagined, truth)[:, 1:].mean(1),
+                                    ssim(imagined, truth)[:, 1:].mean(1), off]))
+            first += len(truth)
+        means = np.concatenate(scores, axis=1).mean(axis=1)
+        result.write_text(json.dumps(dict(zip(("psnr", "ssim", "off"), means, strict=True))))
+    return json.loads(result.read_text())
+
+
+def run(settings: Settings) -> None:
+    held_out = open_episodes(settings.data, settings.root, "val", settings.frames)
+    held_out = held_out.where(np.arange(min(settings.episodes, len(held_out))))
+    reader = train_reader(open_episodes(settings.data, settings.root, "train"))
+    frames, places = recorded(held_out)
+    with torch.no_grad():
+        own = (reader(frames) - places).norm(dim=1).mean().item()
+    lines = [f"{len(held_out)} episodes, {settings.frames} frames, {settings.steps} steps of "
+             f"{settings.batch} clips, {settings.denoising_steps} denoising steps; mean ± "
+             f"deviation of {settings.seeds} seeds; the reader is off by {own:.2f} pixels on "
+             "recorded frames",
+             "", "| | PSNR (dB) | SSIM | gripper off (pixels) | times the reader's own | published "
+             "(FVD / FID / SSIM / LPIPS / PSNR) |", f"|{' --- |' * 6}"]
+    for row in settings.rows:
+        runs = [measure(row, seed, settings, held_out, reader) for seed in range(settings.seeds)]
+        cells = [f"{np.mean([run[name] for run in runs]):.{digits}f} ± "
+                 f"{np.std([run[name] for run in runs]):.{digits}f}"
+                 for name, digits in (("psnr", 2), ("ssim", 3), ("off", 2))]
+        ratio = np.mean([run["off"] for run in runs]) / own
+        lines.append(f"| {row} | {' | '.join(cells)} | {ratio:.1f} | {PUBLISHED.get(row, '')} |")
+    lines += ["", "The published figures are of RT-1 at full size, 1024 episodes, 50 steps with "
+              "guidance; their baselines' FID was measured with an Inception that still learned."]
+    print("\n" + "\n".join(lines))
+    (Path(settings.out) / "baselines.md").write_text("\n".join(lines) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = "Compare the ways to steer a video model."
+    return command("baselines", lambda: run(parse(Settings, description, argv, complete)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

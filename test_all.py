@@ -81,7 +81,7 @@ from episodes.tfrecord import (
     write_records,
 )
 from errors import CheckpointError, DataError, RequestError, UserError
-from evaluation import ablations, baselines, controllability, evaluate, metrics, transfers
+from evaluation import ablations, baselines, controllability, evaluate, metrics, plan, transfers
 from evaluation.nar import imagine_together
 from model import saving
 from model.sampling import MEASURED
@@ -456,6 +456,21 @@ def test_checkpoints_that_others_pruned_halved_or_wrapped_load_alike():
         load({"state_dict": {"model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3)}})
     with raises(CheckpointError, "holds several models .a., b.."):
         load({"state_dict": {f"{wrap}.{name}": w for wrap in "ab" for name, w in weights.items()}})
+
+
+def test_a_checkpoint_is_found_in_a_folder_that_hugging_face_has_left():
+    root = folder() / "models--Doubiiu--DynamiCrafter_512"
+    (root / "blobs").mkdir(parents=True)
+    (snapshot := root / "snapshots" / "0a1b").mkdir(parents=True)
+    shutil.copy(TINY_BASE, root / "blobs" / "f00")
+    (snapshot / "model.ckpt").symlink_to("../../blobs/f00")
+    (snapshot / "small.safetensors").write_bytes(b"0")
+    assert saving.checkpoint_file(root) == snapshot / "model.ckpt"
+    assert preset_of(root) == "tiny"
+    model = from_dynamicrafter(root, PRESETS["tiny"])
+    assert sum(p.numel() for p in model.unet.parameters()) > 5e6
+    with raises(CheckpointError, "is a folder without a checkpoint.pt"):
+        preset_of(root / "blobs")
 
 
 def test_a_1024_checkpoint_is_told_from_a_512_one_by_its_signal_scale():
@@ -2505,6 +2520,26 @@ def test_byte_pairs_are_merged_in_their_order():
     path.write_bytes(b"no gzip")
     with raises(DataError, "is no vocabulary of CLIP's"):
         Tokenizer(path)
+
+
+def test_memory_is_counted_as_it_is():
+    """Against arithmetic, and against what a real step leaves alive."""
+    config = replace(PRESETS["tiny"], size=(32, 32))
+    half, peak = plan.count(lambda: torch.nn.Linear(1000, 1000, bias=False), lambda layer: layer(
+        torch.zeros(500, 1000)).sum().backward())
+    assert abs(half - 4e-3) < 1e-5  # 1000² weights
+    assert 9.9e-3 < peak < 14.1e-3  # weights 4, their gradient 4, in 2, out 2 and its gradient 2
+    weights, keeping = plan.count(lambda: plan.build_model(config),
+                                  lambda model: plan.train_step(model, 8, checkpointing=False))
+    _, recomputing = plan.count(lambda: plan.build_model(config),
+                                lambda model: plan.train_step(model, 8, checkpointing=True))
+    _, sampling = plan.count(lambda: plan.build_model(config), plan.sample_frame)
+    assert weights < sampling < recomputing < keeping
+    model = plan.build_model(config)
+    total = sum(tensor.numel() * tensor.element_size()
+                for tensor in [*model.parameters(), *model.buffers()])
+    assert abs(weights - total / 1e9) < 1e-5
+    assert recomputing > 4 * weights * 0.8  # weights, gradients, two moments of what learns
 
 
 def test_the_ways_to_steer_are_compared():

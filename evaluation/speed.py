@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from causal_attention import attend_past
 from commands import command, option, parse
+from evaluation.plan import print_plan
 from model.memory import keep_freed_memory
 from model.vid2world import PRESETS, Model
 from sample import WorldModel
@@ -198,6 +199,7 @@ class Settings:
     long: int = option(0, "frames of a long rollout; 0 for none")
     batch: int = option(1, "clips per training step; 0 for no training")
     rounds: int = option(3, "training steps, of which the fastest counts")
+    plan: bool = option(False, "count the memory of sampling and training, without a GPU")
     layers: bool = option(False, "time two layers against the plain way, and nothing else")
     device: str | None = option(None, "cpu, cuda, …; if left out, CUDA where there is one")
     out: str = option("rollouts", "folder for the plot")
@@ -205,7 +207,10 @@ class Settings:
 
 def main(argv: list[str] | None = None) -> int:
     def run(settings: Settings) -> None:
-        time_layers() if settings.layers else measure(settings)
+        if settings.plan:
+            print_plan(SIZES[settings.size])
+        else:
+            time_layers() if settings.layers else measure(settings)
 
     return command("speed", lambda: run(parse(Settings, "Measure speed and memory.", argv)))
 

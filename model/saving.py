@@ -50,14 +50,14 @@ def readable_path(path: str | Path, *bundled: Path) -> str:
 
 def from_dynamicrafter(path: str | Path, config: ModelConfig, transfer: str = "mixed") -> Model:
     """A model from DynamiCrafter's checkpoint. Raises CheckpointError."""
-    checkpoint = read_lightning(path)
+    checkpoint = read_lightning(path := checkpoint_file(path))
     return assemble(checkpoint, config, carry_over(checkpoint, config.unet, transfer, str(path)),
                     path)
 
 
 def from_vid2world(path: str | Path, config: ModelConfig | None = None) -> Model:
     """A model from a checkpoint that the authors of Vid2World released. Raises CheckpointError."""
-    checkpoint = read_lightning(path)
+    checkpoint = read_lightning(path := checkpoint_file(path))
     # [A, C], or absent
     first = checkpoint.get("model.diffusion_model.action_emb_preprocess.weight")
     if first is None:
@@ -77,7 +77,7 @@ def is_world(path: str | Path) -> bool:
     """Whether a checkpoint is of a world model: a run of train.py, or one that was released."""
     if "config" in read_checkpoint(checkpoint_file(path)):
         return True
-    return any(".conv3d." in name for name in read_lightning(path))
+    return any(".conv3d." in name for name in read_lightning(checkpoint_file(path)))
 
 
 def load_world_model(path: str | Path) -> Model:
@@ -140,7 +140,7 @@ def preset_of(path: str | Path) -> str:
         width = content["config"]["unet"]["model_channels"]
         return next((name for name, preset in PRESETS.items()
                      if preset.unet.model_channels == width), "512")
-    scale = read_lightning(path).get("scale_arr")
+    scale = read_lightning(checkpoint_file(path)).get("scale_arr")
     if scale is None or not len(scale):
         return "512"
     return min(("512", "1024"),
@@ -168,9 +168,15 @@ def save(path: str | Path, content: dict) -> None:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint of a run folder, or the file itself."""
+    """The checkpoint of a run folder, the largest in one that huggingface_hub has left, or the file
+    itself."""
     path = Path(path)
-    return path / "checkpoint.pt" if (path / "checkpoint.pt").exists() else path
+    if not path.is_dir():
+        return path
+    if (path / "checkpoint.pt").exists():
+        return path / "checkpoint.pt"
+    found = [file for ending in ("*.ckpt", "*.safetensors") for file in path.rglob(ending)]
+    return max(found, key=lambda file: file.stat().st_size, default=path)
 
 
 def trained_weights(model: Model) -> dict[str, Tensor]:

@@ -1,0 +1,133 @@
+"""What fits where: the memory of sampling and of training, counted without a GPU.
+
+    python -m evaluation.speed --size full --plan
+
+The whole step is run on tensors that have a shape and no content, and every byte that would be
+alive is counted: weights, gradients, optimizer, activations, the copies in half precision, the
+rollout's cache. Not counted is what the allocator loses between blocks, and the half gigabyte that
+CUDA takes for itself.
+"""
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.vid2world import Model, ModelConfig
+from temporal.cache import Cache
+from train import PostTraining
+
+CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80}
+RESERVED = 1.5  # GB that a card has for nobody: CUDA's own, and what lies between blocks
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive; `.peak` is the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now, self.peak = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.see(tensor)
+        return result
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.alive.pop(key, 0)
+
+
+def count(build: Callable[[], Model], work: Callable[[Model], object]) -> tuple[float, float]:
+    """GB of a model by itself, and at the most while it works."""
+    with FakeTensorMode(), LiveMemory() as memory:
+        model = build()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            memory.see(tensor)
+        weights = memory.now
+        memory.peak = weights
+        work(model)
+        return weights / 1e9, memory.peak / 1e9
+
+
+def build_model(config: ModelConfig, action_dim: int = 13, half: bool = False) -> Model:
+    unet = replace(config.unet, causal=True, norm_scope="frame", action_dim=action_dim)
+    model = Model(replace(config, unet=unet))
+    return model.to(torch.bfloat16) if half else model
+
+
+def sample_frame(model: Model, guided: bool = True) -> None:
+    """The last frame that fits into the window: one pass over frame and alternatives, and the
+    decoder. The memory of the frames before is full."""
+    config = model.config
+    T, dtype = config.unet.num_frames - 1, model.text.dtype
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        pixels = torch.zeros(1, T, 3, *config.size, dtype=dtype)
+        latents = torch.cat([model.encode(pixels[:, t : t + 1]) for t in range(T)], dim=1)
+        tokens, cache = model.image_tokens(pixels[:, 0]), Cache(config.unet.num_frames)
+        actions, n = torch.zeros(1, T + 2, model.action_dim), 1 + guided
+        context = model.context(tokens, T)
+        model.denoise(latents, torch.zeros(1, T, dtype=torch.long), latents[:, :1], context,
+                      actions[:, :T], torch.ones(1, T), cache)
+        context = model.context(tokens, T + 1, T, n)
+        new = latents[:, :1].repeat(1, n, 1, 1, 1)
+        model.denoise(new, torch.zeros(1, n, dtype=torch.long), latents[:, :1], context,
+                      actions[:, :n], torch.ones(1, n), cache, n)
+        model.decode(latents[:, :1])
+
+
+def train_step(model: Model, batch: int, checkpointing: bool) -> None:
+    """One step of `train.py`: forward, backward, AdamW."""
+    for part in (model.autoencoder, model.image_tower):
+        part.requires_grad_(False)
+    model.unet.checkpointing = checkpointing
+    for layer in model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0  # its mask is small
+    learn = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learn, foreach=False)
+    T, size, shape = model.num_frames, model.config.size, model.latent_shape
+    frames = torch.zeros(batch, T, *size, 3, dtype=torch.uint8)
+    draws = {"k": torch.zeros(batch, T, dtype=torch.long), "noise": torch.zeros(batch, T, *shape),
+             "posterior": torch.zeros(batch, T, *shape), "action_mask": torch.ones(batch, T),
+             "keep_image": torch.ones(batch)}
+    loss = PostTraining(model, bf16=True)(frames, torch.zeros(batch, T, model.action_dim), draws)
+    loss.backward()
+    optimizer.step()
+
+
+def print_plan(config: ModelConfig) -> None:
+    """Markdown: settings, gigabytes, and the smallest card that they fit."""
+    def card(peak: float) -> str:
+        fits = [name for name, size in CARDS.items() if peak + RESERVED <= size]
+        return fits[0] if fits else "none of these"
+
+    print("| | weights (GB) | at the most (GB) | fits |\n| --- | --- | --- | --- |")
+    for name, half, guided in (("sampling", False, True),
+                               ("sampling without guidance", False, False),
+                               ("sampling, weights in bfloat16", True, True)):
+        weights, peak = count(lambda half=half: build_model(config, half=half),
+                              lambda model, guided=guided: sample_frame(model, guided))
+        print(f"| {name} | {weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)
+    for batch in (1, 2, 4):
+        for checkpointing in (True, False):
+            weights, peak = count(lambda: build_model(config), lambda model, b=batch,
+                                  c=checkpointing: train_step(model, b, c))
+            words = "recomputing activations" if checkpointing else "keeping activations"
+            print(f"| training, {batch} clips, {words} | {weights:.1f} | {peak:.1f} | "
+                  f"{card(peak)} |", flush=True)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is bundled, from the simulator to both checkpoints. Seeds are fixed. Two CPU cores take
-# about six hours. Besides the four packages: pip install metaworld mujoco packaging, and Debian's
+# Everything that is bundled, from the simulators to the checkpoints. Seeds are fixed. Two CPU cores take
+# about eight hours. Besides the four packages: pip install metaworld mujoco packaging vizdoom, and Debian's
 # libosmesa6 (or another renderer in MUJOCO_GL).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,3 +30,21 @@ python train.py --data rt1 --root recorded/drawer --out runs/world --steps 11600
     --set clear_frames=0.6 weighting=clean dropout=0 sample_every=1000
 python -m bundled.tune_decoder runs/world --steps 1500 --bf16
 python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt --base tiny_base.pt
+
+# 4. The game: a base of 200 halls without actions, then one hall with. Then a decoder that knows this hall,
+# and DIAMOND for as many minutes on as many cores (one each, side by side).
+record="python -m bundled.record_arena"
+$record --world others --split train --episodes 1200 --frames 24 --per-file 6 --out recorded/halls
+$record --world others --split val --episodes 24 --frames 24 --out recorded/halls
+$record --split train --episodes 2000 --frames 48 --out recorded/arena
+$record --split val --frames 104 --out recorded/arena
+$record --split train --episodes 64 --frames 16 --per-file 64 --out samples
+$record --split val --frames 104 --per-file 32 --out samples
+python train.py --data csgo --root recorded/halls --passive --out runs/halls --steps 450 --cooldown 150 \
+    --bf16 --set preset=arena autoencoder_steps=1500 dropout=0 sample_every=100000
+python -m bundled.bundle_checkpoint base runs/halls runs/arena_base.pt
+python train.py --data csgo --root recorded/arena --base runs/arena_base.pt --out runs/arena --steps 3300 \
+    --cooldown 1200 --bf16 --set clear_frames=0.6 weighting=clean dropout=0 sample_every=100000
+python -m bundled.tune_decoder runs/arena --steps 600 --bf16
+python -m bundled.bundle_checkpoint world runs/arena checkpoints/arena_world.pt
+python -m baselines.train_diamond train --data csgo --root recorded/arena --minutes 115 --batch 8 --bf16

@@ -81,11 +81,23 @@ from episodes.tfrecord import (
     write_records,
 )
 from errors import CheckpointError, DataError, RequestError, UserError
-from evaluation import ablations, baselines, controllability, evaluate, metrics, plan, transfers
+from evaluation import (
+    ablations,
+    baselines,
+    controllability,
+    drift,
+    evaluate,
+    game,
+    metrics,
+    plan,
+    policies,
+    transfers,
+)
 from evaluation.nar import imagine_together
 from model import saving
 from model.sampling import MEASURED
 from model.saving import (
+    ARENA_WORLD,
     TINY_BASE,
     TINY_WORLD,
     from_dynamicrafter,
@@ -1590,6 +1602,21 @@ def test_a_full_window_starts_over_with_its_last_frames():
     assert torch.equal(world.window.actions[0, 1:], torch.from_numpy(actions[2:4]))
 
 
+def test_the_window_slides_in_latents_and_nothing_is_encoded_again():
+    for streaming in (True, False):
+        world, encoded = small_world(streaming=streaming), []
+        frames, actions = small_episode(10)
+        encode = world.model.encode
+        world.model.encode = lambda pixels, encode=encode, encoded=encoded: (
+            encoded.append(pixels.shape[1]), encode(pixels))[1]
+        world.reset(frames[:2], actions[:1])
+        for t in range(1, 10):  # windows of 4 frames slide at every second step
+            world.step(actions[t])
+            first = 2 + t - world.window.length
+            assert torch.equal(world.window.anchor[:, 0], world.latents[:, first])
+        assert encoded == [2], encoded  # the given frames, once
+
+
 def test_history_is_held_at_level_39_whatever_the_steps():
     world = small_world(steps=6, streaming=False)
     assert {small_world(steps=steps).sampling.history_level for steps in (1, 2, 50)} == {39}
@@ -2199,12 +2226,20 @@ def test_the_bundled_world_predicts_what_actions_do():
     assert right > repeating + 4 and right > misled + 4, (right, repeating, misled)
 
 
+def test_the_bundled_game_beats_standing_still():
+    episodes = open_episodes("csgo", SAMPLES, "val").where(np.array([0, 1, 2]))
+    world = sample.load_world(ARENA_WORLD)
+    tally = evaluate.evaluate(world, episodes, frames=12, context=4, batch=3)
+    imagined, repeating = (tally.sums[name].mean() / 3 for name in ("psnr", "psnr of repeating"))
+    assert imagined > repeating + 2, (imagined, repeating)
+
+
 def test_the_bundled_files_are_small_and_halved():
-    for path in (TINY_BASE, TINY_WORLD):
+    for path in (TINY_BASE, TINY_WORLD, ARENA_WORLD):
         content = read_checkpoint(path)
         weights = content.get("state_dict") or content["weights"]
-        assert path.stat().st_size < 16e6 and all(tensor.dtype == torch.float16
-                                                  for tensor in weights.values())
+        kinds = {tensor.dtype for name, tensor in weights.items() if name != "action_statistics"}
+        assert path.stat().st_size < 16e6 and kinds == {torch.float16}, path
     assert sum(path.stat().st_size for path in (HERE / "samples").iterdir()) < 13e6
     assert sum(p.numel() for p in from_dynamicrafter(TINY_BASE,
                                                      PRESETS["tiny"]).unet.parameters()) < 8e6
@@ -2221,6 +2256,9 @@ def test_without_data_or_checkpoint_the_commands_take_the_bundled_ones_and_say_s
         code, said = run_command(sample.main, "--guidance", 2.0, "--frames", 3)
         assert code == 0 and said.count("PSNR") == 2, said
         assert "tiny_world.pt (bundled)" in said and "samples (bundled)" in said
+        code, said = run_command(sample.main, "--data", "csgo", "--frames", 5)
+        assert code == 0 and said.count("PSNR") == 1, said
+        assert "arena_world.pt (bundled), data: csgo from samples (bundled)" in said
     finally:
         os.chdir(before)
 
@@ -2381,13 +2419,98 @@ def test_diamond_trains_and_rolls_out():
     words = ["--data", "rt1", "--root", root, "--out", out]
     code, output = run_command(train_diamond.main, "train", *words, "--minutes", 0.02, "--batch", 2,
                                "--workers", 0)
-    assert code == 0 and "6.3 M parameters" in output, output
+    assert code == 0 and "7.3 M parameters" in output, output
     for sampling in diamond.STEPS:
         code, output = run_command(train_diamond.main, "sample", *words, "--checkpoint",
                                    out / "checkpoint.pt", "--sampling", sampling, "--frames", 6)
         assert code == 0 and "2 frames at" in output, output
     refused(train_diamond.main, "sample", *words, "--checkpoint", TINY_WORLD,
             saying="is no checkpoint of baselines/train_diamond.py")
+
+
+def test_places_in_the_hall_are_compared_across_the_turn_of_a_circle():
+    distance, turned = game.apart(np.array([[3.0, 4.0, -170.0]]), np.array([[0.0, 0.0, 170.0]]))
+    assert distance.tolist() == [5] and turned.tolist() == [20]
+    assert game.apart(np.array([0, 0, 90.0]), np.array([0, 0, 350.0]))[1] == 100
+
+
+def test_a_pose_reader_learns_and_is_kept():
+    episodes = open_episodes("csgo", SAMPLES, "train").where(np.arange(6))
+    reader = game.open_reader(path := folder() / "reader.pt", episodes, steps=60)
+    frames = np.concatenate([episodes[i].frames for i in range(6)])
+    poses = np.concatenate([episodes[i].feature(game.POSE) for i in range(6)])
+    distance, turned = game.apart(game.read_poses(reader, frames), poses)
+    _, chance = game.apart(poses, np.roll(poses, 16, axis=0))
+    assert np.median(abs(turned)) < np.median(abs(chance)) / 2, np.median(abs(turned))
+    again = game.open_reader(path, episodes, steps=0)
+    assert np.array_equal(again.read(frames), reader.read(frames))
+
+
+def test_a_game_is_measured_against_diamond_and_standing_still():
+    config = replace(DIAMOND, action_dim=51, size=(64, 80))
+    save(path := folder() / "diamond.pt", {"diamond": asdict(config),
+                                           "weights": diamond.Diamond(config).state_dict()})
+    words = ["--episodes", 2, "--steps", 1, "--reader-steps", 2, "--out", path.parent]
+    code, said = run_command(game.main, *words, "--quick", "--diamond", path)
+    result = json.loads((path.parent / "result.json").read_text())["short"]
+    assert code == 0 and list(result) == ["repeating", "DIAMOND, fast", "DIAMOND, hq", "Vid2World"]
+    assert result["repeating"]["frames above repeating"] == 0 and "12 frames of own" in said
+    starts = game.Starts(np.zeros((2, 16, 64, 80, 3), np.uint8), np.zeros((2, 16, 51)), None)
+    clips = game.roll(game.Still(), starts, batch=1, action=csgo_action(["w"]), new=20)
+    assert clips.shape == (2, 24, 64, 80, 3)  # longer than the episode
+    refused(game.main, *words, "--frames", 500, saying="the longest has 104")
+
+
+def test_the_drift_of_a_long_rollout_is_measured():
+    grey = np.full((3, 8, 8, 3), 100, np.uint8)
+    grey[1] += 10
+    grey[2, ::2] += 20
+    assert np.allclose(drift.colour_shift(grey), [0, 300**0.5, 300**0.5])
+    assert np.allclose(drift.sharpness(grey), [0, 0, 10])
+    code, said = run_command(drift.main, "--data", "csgo", "--episodes", 1, "--frames", 9,
+                             "--steps", 1, "--out", out := folder())
+    means = json.loads((out / "drift_csgo.json").read_text())["means"]
+    assert code == 0 and len(means["psnr"]["imagined"]) == 9 and "| 8 |" in said
+    assert (out / "sharpness_csgo.png").exists()
+
+
+def test_rank_violations_are_those_of_the_published_example():
+    true = np.array([0, 0.889, 0.926, 0.741, 0.630, 0.519])  # SIMPLER's drawer, six policies
+    imagined = np.array([0.278, 0.667, 0.861, 0.891, 0.343, 0.444])
+    assert round(policies.pearson(true, imagined), 3) == 0.771
+    assert round(policies.mmrv(true, imagined), 3) == 0.123
+    assert policies.mmrv(true, true) == 0 and np.isnan(policies.pearson(true, 0 * true))
+    low, high = policies.interval(45, 50)
+    assert abs(low - 0.786) < 2e-3 and abs(high - 0.957) < 2e-3  # Wilson's, as in tables
+    assert policies.interval(0, 10)[0] == 0 and policies.interval(10, 10)[1] == 1
+
+
+def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_action():
+    class Counter:  # a world whose frames count up by the action
+        def reset(self, frames):
+            self.frames = frames[:, -1]
+
+        def step(self, actions):
+            self.frames = self.frames + actions.astype(np.uint8)[:, :, None, None]
+            return self.frames
+
+    starts = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)
+    for shuffled in (False, True):
+        videos = policies.roll_out(Counter(), lambda frames: 2 ** frames[:, :, 0, 0] % 3 + 1,
+                                   starts, shuffled, horizon=1)
+        assert videos.shape == (3, 2, 1, 1, 1)
+        moved = (videos[:, 1] - starts).ravel()
+        assert np.array_equal(moved, np.roll([2, 3, 2], 1) if shuffled else [2, 3, 2])
+    assert policies.to_action(np.array([[2.0, -0.5, 0, 1]])).tolist() == [
+        [0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, -0.5, 0]]
+
+
+def test_a_person_may_judge_rollouts():
+    videos = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 8, 3), dtype=np.uint8)
+    policies.write_page(path := folder() / "page.html", {"a & b": videos[0], "c": videos[1]}, 3)
+    page = path.read_text()
+    assert 'name="a &amp; b"' in page and page.count("data:image/png") == 2
+    assert policies.decide(videos, ["a & b", "c"], None, {"c": True}) == [False, True]
 
 
 def clip_baselines() -> tuple[np.ndarray, np.ndarray, Model, dict[str, tuple]]:
@@ -2790,8 +2913,8 @@ def test_every_idea_runs_and_prints_what_it_says():
 
 
 LAYERS = (  # a folder or file imports what stands on lines below its own, or in the same folder
-    "test_all", "testing", "play", "bundled evaluation", "baselines", "train", "training", "sample",
-    "data", "model", "unet", "causal_attention causal_conv action_guidance",
+    "test_all", "testing", "play", "bundled", "evaluation", "baselines", "train", "training",
+    "sample", "data", "model", "unet", "causal_attention causal_conv action_guidance",
     "dynamicrafter temporal diffusion_forcing", "episodes viewing", "commands", "errors")
 
 

@@ -43,8 +43,9 @@ $record --split val --frames 104 --per-file 32 --out samples
 python train.py --data csgo --root recorded/halls --passive --out runs/halls --steps 450 --cooldown 150 \
     --bf16 --set preset=arena autoencoder_steps=1500 dropout=0 sample_every=100000
 python -m bundled.bundle_checkpoint base runs/halls runs/arena_base.pt
-python train.py --data csgo --root recorded/arena --base runs/arena_base.pt --out runs/arena --steps 3300 \
-    --cooldown 1200 --bf16 --set clear_frames=0.6 weighting=clean dropout=0 sample_every=100000
-python -m bundled.tune_decoder runs/arena --steps 600 --bf16
+python train.py --data csgo --root recorded/arena --base runs/arena_base.pt --out runs/arena --steps 2900 \
+    --cooldown 900 --bf16 --set clear_frames=0.6 weighting=clean dropout=0 sample_every=100000
+python train.py --resume --out runs/arena --steps 3480 --cooldown 580
+python -m bundled.tune_decoder runs/arena --steps 1000 --bf16
 python -m bundled.bundle_checkpoint world runs/arena checkpoints/arena_world.pt
 python -m baselines.train_diamond train --data csgo --root recorded/arena --minutes 115 --batch 8 --bf16

@@ -31,7 +31,6 @@ from commands import command, option, parse
 from data import Episodes, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from episodes.actions import csgo_action
-from errors import DataError
 from evaluation.evaluate import Still, WorldSettings, imagine, open_held_out, read_batches
 from evaluation.metrics import ssim
 from evaluation.readers import FrameReader, fit
@@ -205,8 +204,6 @@ def run(settings: Settings) -> None:
         settings.frames = GIVEN + SHORT
     held_out = open_held_out(settings, world)
     training = open_episodes(settings.data, settings.root, "train")
-    if not hasattr(training[0], "feature") or training.dataset.aspect != (64, 80):
-        raise DataError("poses are recorded in the arena's episodes alone")
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     reader = open_reader(Path(settings.reader or out / "reader.pt"), training,
                          settings.reader_steps)
@@ -224,13 +221,14 @@ def run(settings: Settings) -> None:
         runs = [follow(make(seed), starts, reader, settings.batch, SHORT)
                 for seed in range(settings.seeds)]
         short[name] = mean_and_spread(runs) | {"seconds a frame": seconds_a_frame(make(0), starts)}
-        print(f"{name}: {short[name]}", flush=True)
+        print(f"{name}: {short[name]['PSNR']:.2f} dB", flush=True)
         if not settings.quick:
             long[name] = follow(make(0), starts, reader, settings.batch, LONG)
             obeying[name] = obey(make(0), starts, reader, settings.batch)
-            shown = {"truth": frames[0, GIVEN - 1 :: 5],
-                     "own actions": roll(make(0), starts, settings.batch)[0, GIVEN - 1 :: 5]}
-            save_strip(out / f"{name.replace(', ', '_')}.png", shown, columns=12)
+            first = Starts(frames[:1], actions[:1], poses[:1])
+            shown = {"truth": frames[0], name: roll(make(0), first, batch=1)[0]}
+            save_strip(out / f"{name.replace(', ', '_')}.png",
+                       {label: clip[GIVEN - 1 :: 5] for label, clip in shown.items()}, columns=12)
     lines = [f"{len(held_out)} held-out episodes, {GIVEN} frames given; {world.sampling}"]
     for title, rows in ((f"{SHORT} frames of own actions, {settings.seeds} seeds", short),
                         (f"{LONG} frames of own actions", long), ("one action, repeated", obeying)):
@@ -238,7 +236,8 @@ def run(settings: Settings) -> None:
     print("\n" + "\n".join(lines))
     (out / "result.md").write_text("\n".join(lines) + "\n")
     (out / "result.json").write_text(json.dumps({
-        "settings": asdict(settings), "short": short, "long": long, "obeying": obeying}, indent=1))
+        "settings": asdict(settings), "short": short, "long": long, "obeying": obeying},
+        indent=1, default=float))
     print(f"\nwritten: {out}/result.md, result.json and strips")
 
 

@@ -65,22 +65,20 @@ def count(build: Callable[[], Model], work: Callable[[Model], object]) -> tuple[
         return weights / 1e9, memory.peak / 1e9
 
 
-def build_model(config: ModelConfig, action_dim: int = 13, half: bool = False) -> Model:
+def build_model(config: ModelConfig, action_dim: int = 13) -> Model:
     unet = replace(config.unet, causal=True, norm_scope="frame", action_dim=action_dim)
-    model = Model(replace(config, unet=unet))
-    return model.to(torch.bfloat16) if half else model
+    return Model(replace(config, unet=unet))
 
 
-def sample_frame(model: Model, guided: bool = True) -> None:
-    """The last frame that fits into the window: one pass over frame and alternatives, and the
-    decoder. The memory of the frames before is full."""
-    config = model.config
-    T, dtype = config.unet.num_frames - 1, model.text.dtype
+def sample_frame(model: Model) -> None:
+    """The last frame that fits into the window: one pass over it with its action and without, and
+    the decoder. The memory of the frames before is full."""
+    config, T = model.config, model.num_frames - 1
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        pixels = torch.zeros(1, T, 3, *config.size, dtype=dtype)
+        pixels = torch.zeros(1, T, 3, *config.size)
         latents = torch.cat([model.encode(pixels[:, t : t + 1]) for t in range(T)], dim=1)
         tokens, cache = model.image_tokens(pixels[:, 0]), Cache(config.unet.num_frames)
-        actions, n = torch.zeros(1, T + 2, model.action_dim), 1 + guided
+        actions, n = torch.zeros(1, T + 2, model.action_dim), 2
         context = model.context(tokens, T)
         model.denoise(latents, torch.zeros(1, T, dtype=torch.long), latents[:, :1], context,
                       actions[:, :T], torch.ones(1, T), cache)
@@ -118,16 +116,13 @@ def print_plan(config: ModelConfig) -> None:
         return fits[0] if fits else "none of these"
 
     print("| | weights (GB) | at the most (GB) | fits |\n| --- | --- | --- | --- |")
-    for name, half, guided in (("sampling", False, True),
-                               ("sampling without guidance", False, False),
-                               ("sampling, weights in bfloat16", True, True)):
-        weights, peak = count(lambda half=half: build_model(config, half=half),
-                              lambda model, guided=guided: sample_frame(model, guided))
-        print(f"| {name} | {weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)
+    weights, peak = count(lambda: build_model(config), sample_frame)
+    print(f"| sampling | {weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)
     for batch in (1, 2, 4):
         for checkpointing in (True, False):
             weights, peak = count(lambda: build_model(config), lambda model, b=batch,
                                   c=checkpointing: train_step(model, b, c))
             words = "recomputing activations" if checkpointing else "keeping activations"
-            print(f"| training, {batch} clips, {words} | {weights:.1f} | {peak:.1f} | "
-                  f"{card(peak)} |", flush=True)
+            clips = f"{batch} clip{'s' * (batch > 1)}"
+            print(f"| training, {clips}, {words} | {weights:.1f} | {peak:.1f} | {card(peak)} |",
+                  flush=True)

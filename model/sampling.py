@@ -8,7 +8,7 @@ from errors import RequestError
 
 # What measurement found best for the small models (evaluation/RESULTS.md), by preset.
 MEASURED = {"tiny": {"guidance": 2.0, "guidance_levels": (0, 300), "steps": 4, "eta": 0.0},
-            "arena": {"guidance": 1.0, "steps": 4, "eta": 0.0}}
+            "arena": {"guidance": 1.0, "steps": 2, "eta": 0.0}}
 
 
 @dataclass(frozen=True)

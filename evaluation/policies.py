@@ -1,0 +1,340 @@
+"""Is a policy that succeeds in the imagined world one that succeeds in the real one?
+
+    python -m evaluation.policies --quick         (10 starts; without, 50)
+    python -m evaluation.policies --guidance 1 2 3
+    python -m evaluation.policies --policy rt1.ts --data rt1 --root … --checkpoint … --judge
+
+A robot is slow and breaks; a world model does not. So policies are tried out in the model: from a
+real first frame, the policy sees a frame and acts, the model imagines what comes, and so on for 40
+frames; then a verifier says whether the drawer is closed. What counts is whether the model orders
+the policies as reality does, here a simulator whose outcomes are recorded
+(bundled/judge_in_simulator.py):
+
+    Pearson r   of success in the model and in the simulator, over the policies
+    MMRV        mean maximum rank violation: for each policy the largest true difference from one
+                that the model puts on the wrong side of it, averaged (Li et al. 2024, SIMPLER)
+
+Two controls must fail: a world whose actions are another start's, and one in which nothing moves.
+A policy is any function of frames; the bundled ones are five checkpoints of one run of behaviour
+cloning, which bundled/train_policies.py makes. Paper: Algorithm 3, Figure 4.
+"""
+import base64
+import html
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from commands import command, option, parse
+from data import SAMPLES, fit_frames, open_episodes
+from dynamicrafter.checkpoint import load_weights, read_checkpoint
+from errors import CheckpointError, RequestError
+from evaluation.evaluate import Still, WorldSettings
+from evaluation.readers import FrameReader
+from model.saving import CHECKPOINTS, TINY_WORLD
+from sample import WorldModel, load_world
+from viewing.pictures import save_scatter, save_strip
+
+POLICIES, STARTS = CHECKPOINTS / "policies.pt", SAMPLES / "drawer_starts.npz"
+MARKS = {"1 %": 0.01, "5 %": 0.05, "15 %": 0.15, "40 %": 0.4, "100 %": 1.0}  # of training
+HORIZON = 40  # frames that a policy has
+CLOSED = 0.02  # metres: a drawer that is open by less is closed
+UNIT = 0.1  # metres, in which the verifier counts
+
+Policy = Callable[[np.ndarray], np.ndarray]  # frames uint8 [B, H, W, 3] -> actions [B, A]
+
+
+def policy_network() -> FrameReader:
+    """A frame -> the hand's motion along x, y and z and the gripper's closing, each -1 to 1."""
+    return FrameReader(4)
+
+
+def verifier_network() -> FrameReader:
+    """A frame -> how far the drawer is open, in UNITs."""
+    return FrameReader(1)
+
+
+class Verifier:
+    """Says of frames whether the drawer is closed."""
+
+    def __init__(self, network: FrameReader):
+        self.network = network
+
+    def opening(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 [N, 64, 80, 3] -> metres [N]."""
+        return UNIT * self.network.read(frames)[:, 0]
+
+
+def to_action(numbers: np.ndarray) -> np.ndarray:
+    """What the policy network says [N, 4] -> RT-1's 13 numbers, the episode going on."""
+    actions = np.zeros((len(numbers), 13), np.float32)
+    actions[:, 10:13], actions[:, 3] = np.clip(numbers[:, :3], -1, 1), np.clip(numbers[:, 3], -1, 1)
+    actions[:, 8] = 1
+    return actions
+
+
+def load_policies(path: Path = POLICIES) -> tuple[dict[str, FrameReader], Verifier]:
+    """The policies by name, and the verifier. Raises CheckpointError."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is not there: python -m bundled.train_policies makes it, "
+                              "and python -m bundled.judge_in_simulator the truth beside it")
+    content = read_checkpoint(path)
+    policies = {name: load_weights(policy_network(), weights, str(path)).eval()
+                for name, weights in content["policies"].items()}
+    verifier = load_weights(verifier_network(), content["verifier"], str(path)).eval()
+    return policies, Verifier(verifier)
+
+
+def untrained() -> FrameReader:
+    torch.manual_seed(1)
+    return policy_network().eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# Algorithm 3
+
+
+def roll_out(world: WorldModel, policy: Policy, starts: np.ndarray, shuffled: bool = False,
+             horizon: int = HORIZON) -> np.ndarray:
+    """Starts side by side, uint8 [B, H, W, 3] -> all frames [B, 1 + horizon, H, W, 3].
+
+    shuffled  every world is given the action of another
+    """
+    world.reset(starts[:, None])
+    frames = [starts]
+    for _ in tqdm(range(horizon), unit="frame", leave=False, disable=None):
+        actions = policy(frames[-1])
+        frames.append(world.step(np.roll(actions, 1, axis=0) if shuffled else actions))
+    return np.stack(frames, axis=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# What it says
+
+
+def interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a rate."""
+    rate = successes / n
+    middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Correlation; nan where one side never varies."""
+    if np.std(x) == 0 or np.std(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def mmrv(true: np.ndarray, imagined: np.ndarray) -> float:
+    """Mean maximum rank violation of success rates [N], 0 where the order is the same."""
+    violated = (true[:, None] < true) != (imagined[:, None] < imagined)
+    return float((np.abs(true[:, None] - true) * violated).max(axis=1).mean())
+
+
+# --------------------------------------------------------------------------------------------------
+# A person as the verifier
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>Did it succeed?</title>
+<style>body {{ font: 16px system-ui; margin: 2em }}
+img {{ image-rendering: pixelated; width: 100% }}
+label {{ display: block; margin: 1.2em 0 }}</style>
+<h1>Tick the rollouts that succeed</h1>
+<p>Time runs from left to right. Which policy and which world it was is not shown.</p>
+{rows}
+<button onclick="save()">save verdicts.json</button>
+<script>
+function save() {{
+  const verdicts = Object.fromEntries([...document.querySelectorAll("input")].map(box =>
+    [box.name, box.checked]));
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(verdicts)]));
+  link.download = "verdicts.json"; link.click();
+}}
+</script>
+"""
+
+
+def write_page(path: Path, strips: dict[str, np.ndarray], columns: int = 9) -> None:
+    """One page of rollouts uint8 [T, H, W, 3] by key, in random order, to be ticked."""
+    rows = []
+    for key in np.random.default_rng(0).permutation(list(strips)):
+        video = strips[key]
+        chosen = np.linspace(0, len(video) - 1, columns).round().astype(int)
+        file = BytesIO()
+        Image.fromarray(np.concatenate(list(video[chosen]), axis=1)).save(file, "PNG")
+        source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        rows.append(f'<label><input type="checkbox" name="{html.escape(key)}"> '
+                    f'<img src="{source}"></label>')
+    path.write_text(PAGE.format(rows="\n".join(rows)))
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+@dataclass
+class Settings(WorldSettings):
+    guidance: list[float] | None = option(None, "one table each; if left out, the checkpoint's",
+                                          type=float, nargs="+")
+    policy: list[str] | None = option(None, "TorchScript files, frames uint8 [B, H, W, 3] -> "
+                                            "actions [B, A]; if left out, the bundled policies",
+                                      nargs="+")
+    starts: int = option(50, "of every policy")
+    horizon: int = option(HORIZON, "frames that a policy has")
+    controls: bool = option(False, "also in a world of shuffled actions and in one where nothing "
+                                   "moves, and an untrained policy")
+    quick: bool = option(False, "10 starts: minutes")
+    judge: bool = option(False, "lay the rollouts out on a page for a person to tick")
+    verdicts: str | None = option(None, "what the person saved there, in place of the verifier")
+    out: str = option("evaluations/policies", "folder for the results")
+
+
+def read_starts(settings: Settings, world: WorldModel) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """First frames uint8 [N, H, W, 3], and true success by policy, where it is known."""
+    if settings.policy:
+        episodes = open_episodes(settings.data, settings.root, "val")
+        number = range(min(settings.starts, len(episodes)))
+        frames = np.stack([fit_frames(episodes[i].read(0, 1)[0], *world.model.config.size,
+                                      world.model.config.fit)[0] for i in number])
+        return frames, {}
+    content = np.load(STARTS)
+    openings = {name: content[name][: settings.starts] for name in MARKS}
+    return (content["frames"][: settings.starts],
+            {name: metres < CLOSED for name, metres in openings.items()})
+
+
+def scripted(path: str) -> Policy:
+    """A policy from a TorchScript file."""
+    try:
+        module = torch.jit.load(path).eval()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RequestError(f"{path} is no TorchScript file "
+                           f"({str(error).splitlines()[0]})") from None
+    return lambda frames: np.asarray(module(torch.from_numpy(frames)).detach().float())
+
+
+def open_policies(settings: Settings) -> tuple[dict[str, Policy], Verifier | None]:
+    if settings.policy:
+        return {Path(path).stem: scripted(path) for path in settings.policy}, None
+    networks, verifier = load_policies()
+    if settings.controls:
+        networks["untrained"] = untrained()
+    return {name: lambda frames, network=network: to_action(network.read(frames))
+            for name, network in networks.items()}, verifier
+
+
+def measure(make_world: Callable[[], WorldModel], policy: Policy, starts: np.ndarray,
+            shuffled: bool, settings: Settings) -> np.ndarray:
+    """All frames of all starts, [N, 1 + horizon, H, W, 3]."""
+    parts = [starts[i : i + settings.batch] for i in range(0, len(starts), settings.batch)]
+    return np.concatenate([roll_out(make_world(), policy, part, shuffled, settings.horizon)
+                           for part in tqdm(parts, unit="batch", leave=False, disable=None)])
+
+
+def say_successes(name: str, successes: np.ndarray, true: np.ndarray | None) -> str:
+    """A row of the table."""
+    n, low_high = len(successes), interval(int(successes.sum()), len(successes))
+    cells = [name, f"{100 * successes.mean():.0f} %", "{:.0f}–{:.0f}".format(
+        *(100 * bound for bound in low_high))]
+    if true is not None:
+        bounds = interval(int(true.sum()), n)
+        cells += [f"{100 * true.mean():.0f} %", f"{100 * bounds[0]:.0f}–{100 * bounds[1]:.0f}",
+                  f"{100 * (successes == true).mean():.0f} %"]
+    return f"| {' | '.join(cells)} |"
+
+
+def run(settings: Settings) -> None:
+    if settings.quick:
+        settings.starts = min(settings.starts, 10)
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
+    model = load_world(settings.checkpoint or TINY_WORLD, steps=settings.steps,
+                       eta=settings.eta).model
+    policies, verifier = open_policies(settings)
+    verdicts = json.loads(Path(settings.verdicts).read_text()) if settings.verdicts else None
+    kept = out / "rates.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    key = json.dumps([asdict(settings)[name] for name in
+                      ("checkpoint", "starts", "horizon", "steps", "eta", "seed", "verdicts")])
+
+    for guidance in settings.guidance or [None]:
+        def world(guidance: float | None = guidance) -> WorldModel:
+            return WorldModel(model, guidance, steps=settings.steps, eta=settings.eta,
+                              seed=settings.seed)
+
+        sampling = world().sampling
+        starts, true = read_starts(settings, world())
+        worlds = {"Vid2World": (world, False)}
+        if settings.controls:
+            worlds |= {"shuffled actions": (world, True), "nothing moves": (Still, False)}
+        for title, (make, shuffled) in worlds.items():
+            print(f"\n{title}: {len(starts)} starts, {settings.horizon} frames; {sampling}\n\n"
+                  "| policy | success in the model | 95 % | in the simulator | 95 % | starts that "
+                  "agree |\n| --- | --- | --- | --- | --- | --- |")
+            rates = {}
+            for name, policy in policies.items():
+                place = f"{key} {title} {sampling} {name}"
+                if place not in known or settings.judge:
+                    videos = measure(make, policy, starts, shuffled, settings)
+                    strips = {f"{title}/{sampling}/{name}/{i}": video for i, video in
+                              enumerate(videos)}
+                    if settings.judge:
+                        write_page(out / f"{title}_{name}.html".replace(" ", "_"), strips)
+                    known[place] = decide(videos, list(strips), verifier, verdicts)
+                    show_examples(out, f"{title} {name}", videos, known[place])
+                    kept.write_text(json.dumps(known))
+                rates[name] = np.array(known[place], bool)
+                print(say_successes(name, rates[name], true.get(name)), flush=True)
+            compare(rates, true, out, title)
+
+
+def decide(videos: np.ndarray, keys: list[str], verifier: Verifier | None,
+           verdicts: dict[str, bool] | None) -> list[bool]:
+    """Success of every rollout, as a person or the verifier says."""
+    if verdicts is not None:
+        return [bool(verdicts.get(key, False)) for key in keys]
+    if verifier is None:
+        return [False] * len(videos)  # until a person has judged
+    return (verifier.opening(videos[:, -1]) < CLOSED).tolist()
+
+
+def show_examples(out: Path, name: str, videos: np.ndarray, successes: list[bool]) -> None:
+    """A strip of the first success and the first failure."""
+    shown = {}
+    for what in (True, False):
+        if what in successes:
+            shown["success" if what else "failure"] = videos[successes.index(what)][::4]
+    save_strip(out / f"{name.replace(' ', '_')}.png", shown, columns=11)
+
+
+def compare(rates: dict[str, np.ndarray], true: dict[str, np.ndarray], out: Path, title: str
+            ) -> None:
+    """Pearson r and MMRV over the policies whose true rates are known, and the plot."""
+    names = [name for name in rates if name in true]
+    if len(names) < 2:
+        return
+    ours, theirs = (np.array([side[name].mean() for name in names]) for side in (rates, true))
+    print(f"\nPearson r {pearson(ours, theirs):.3f}, MMRV {mmrv(theirs, ours):.3f}, largest "
+          f"difference {100 * np.abs(ours - theirs).max():.0f} points")
+    points = {name: (theirs[i], ours[i], *interval(int(rates[name].sum()), len(rates[name])))
+              for i, name in enumerate(names)}
+    save_scatter(out / f"figure4_{title.replace(' ', '_')}.png", points,
+                 "success in the simulator", "success in the model")
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = "Judge policies in the imagined world."
+    return command("policies", lambda: run(parse(Settings, description, argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

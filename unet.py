@@ -282,13 +282,7 @@ class UNet(nn.Module):
         emb = self.embed(k.view(B, -1).expand(B, T), fps, actions, action_mask)  # [B, T, E]
         conditions = Conditions(emb, context, cache)
 
-        h, skips = x.flatten(0, 1), []  # [B·T, C, H, W]
-        for i, block in enumerate(self.input_blocks):
-            h = self.run(block, h, conditions)
-            if i == 0:
-                h = self.run(self.init_attn, h, conditions)
-            skips.append(h)
-        h = self.run(self.middle_block, h, conditions)
+        h, skips = self.encode(self, x.flatten(0, 1), conditions)
         for block in self.output_blocks:
             # [B·T, C + skip, H, W]
             h = self.run(block, torch.cat([h, skips.pop()], dim=1), conditions)
@@ -296,6 +290,18 @@ class UNet(nn.Module):
         if cache is not None:
             cache.commit()
         return v
+
+    def encode(self, part: nn.Module, h: Tensor, conditions: Conditions
+               ) -> tuple[Tensor, list[Tensor]]:
+        """Down and middle, of this network or of a copy of these parts: h [B·T, C, H, W] -> what
+        the middle makes, and the skip connections."""
+        skips = []
+        for i, block in enumerate(part.input_blocks):
+            h = self.run(block, h, conditions)
+            if i == 0:
+                h = self.run(part.init_attn, h, conditions)
+            skips.append(h)
+        return self.run(part.middle_block, h, conditions), skips
 
     def run(self, block: nn.ModuleList, h: Tensor, conditions: Conditions) -> Tensor:
         for layer in block:

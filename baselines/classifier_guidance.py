@@ -6,7 +6,8 @@ Dhariwal and Nichol 2021 (arXiv 2105.05233). A classifier sees a noisy clip and 
 led to each frame. Its gradient points to clips in which the wanted actions are easier to see, and
 corrects the noise that the frozen base predicts:
 
-    ε' = ε - √(1 - ᾱ) w ∇ log p(actions | x)        as a velocity: v' = v - w √((1 - ᾱ) / ᾱ) ∇ log p
+    ε' = ε - √(1 - ᾱ) w ∇ log p(actions | x)
+    v' = v - w √((1 - ᾱ) / ᾱ) ∇ log p(actions | x)        the same, as a velocity
 
 The classifier is a copy of the base's encoder and middle with a linear head. Each number of an
 action falls into one of three bins: about zero, below and above. At the highest level the clip is
@@ -37,21 +38,16 @@ class Classifier(nn.Module):
 
     def __init__(self, base: UNet, action_dim: int):
         super().__init__()
-        self.base_embed = base.embed  # of noise level and frame rate, frozen
         for name in ("input_blocks", "init_attn", "middle_block"):
             setattr(self, name, copy.deepcopy(getattr(base, name)))
         width = base.config.channel_mult[-1] * base.config.model_channels
         self.head = nn.Linear(width, BINS * action_dim)
 
-    def forward(self, x: Tensor, k: Tensor, context: dict) -> Tensor:
-        """x [B, T, in, H, W], k [B, T] -> log-probabilities [B, T, A, BINS]."""
-        conditions = Conditions(self.base_embed(k, None, None, None), context, None)
-        h = x.flatten(0, 1)
-        for i, block in enumerate(self.input_blocks):
-            for layer in [*block, *(self.init_attn if i == 0 else ())]:
-                h = layer(h, conditions)
-        for layer in self.middle_block:
-            h = layer(h, conditions)
+    def forward(self, base: UNet, x: Tensor, k: Tensor, context: dict) -> Tensor:
+        """x [B, T, in, H, W], k [B, T] -> log-probabilities [B, T, A, BINS]. The frozen base embeds
+        noise level and frame rate."""
+        conditions = Conditions(base.embed(k, None, None, None), context, None)
+        h, _ = base.encode(self, x.flatten(0, 1), conditions)
         logits = self.head(h.mean((2, 3))).unflatten(0, x.shape[:2]).unflatten(2, (-1, BINS))
         return logits.log_softmax(dim=-1)
 
@@ -69,7 +65,7 @@ class ClassifiedModel(Model):
         """[B, T, A] of the actions [B, T, A] taken at the frames; of the first nothing is asked."""
         led_to = align_actions(actions)
         seen = torch.cat([x, anchor.expand_as(x)], dim=2)
-        log_p = self.unet.classifier(seen, k, context)
+        log_p = self.unet.classifier(self.unet, seen, k, context)
         edges = torch.tensor(EDGES, device=x.device)
         bins = torch.bucketize(led_to.contiguous(), edges)
         return log_p.gather(-1, bins[..., None])[..., 0][:, 1:]

@@ -2,7 +2,7 @@
 
 The model stays as it was pretrained: every frame sees every other, all at the same noise level. So
 all actions have to be known before the first frame is there, and nobody can act on what they see.
-That is what Vid2World changes. Trained they are by `train.py`'s own loop.
+That is what Vid2World changes. `train.py`'s own loop trains them.
 """
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def base_of(settings: Settings, dataset: DataSet) -> Model:
     return from_dynamicrafter(settings.base, config)
 
 
-def adopt(model: Model, base: Model, new: str) -> None:
+def adopt(model: Model, base: Model, new: str | tuple[str, ...] = ()) -> None:
     """Give a model the weights of its base; only those of its U-Net that begin with `new` are
     its own. What is frozen in the base is frozen in the model."""
     for name in ("autoencoder", "image_tower", "resampler"):

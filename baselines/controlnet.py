@@ -79,17 +79,6 @@ class ControlledUNet(UNet):
             h = self.run(block, torch.cat([h, skips.pop() + added.pop()], dim=1), plain)
         return self.out(h).unflatten(0, (B, T))
 
-    def encode(self, part: nn.Module, h: Tensor, conditions: Conditions
-               ) -> tuple[Tensor, list[Tensor]]:
-        """Encoder and middle of the base or of the copy: the middle's output, and the skips."""
-        skips = []
-        for i, block in enumerate(part.input_blocks):
-            h = self.run(block, h, conditions)
-            if i == 0:
-                h = self.run(part.init_attn, h, conditions)
-            skips.append(h)
-        return self.run(part.middle_block, h, conditions), skips
-
 
 class ControlledModel(Model):
     """A passive model under control; its config says how many numbers an action has."""

@@ -108,7 +108,7 @@ def build(settings: Settings, dataset: DataSet) -> LanguageModel:
     width = LENGTH if base.config.text_tower else MOST
     unet = replace(base.config.unet, action_dim=width)
     model = LanguageModel(replace(base.config, unet=unet))
-    adopt(model, base, new="none")
+    adopt(model, base)
     if base.config.text_tower:
         model.tower = load_part(TextTower, base.config.text_tower, read_lightning(settings.base),
                                 "cond_stage_model.model.", settings.base)

@@ -84,7 +84,7 @@ def complete(settings: Settings) -> None:
         settings.val_clips, settings.episodes = 8, 2
 
 
-def post_train(run: Path, changes: dict, seed: int, settings: "Settings",
+def post_train(run: Path, changes: dict, seed: int, settings: Settings,
                method: train.Method = train.WORLD) -> dict[int, float]:
     """Train with these changes, or the rest of it; held-out loss by step."""
     every = max(1, settings.steps // 5)

@@ -107,7 +107,7 @@ def roll(world: object, starts: Starts, batch: int, action: np.ndarray | None = 
 
 def follow(world: object, starts: Starts, reader: FrameReader, batch: int, new: int
            ) -> dict[str, float]:
-    """Own actions."""
+    """Under the episodes' own actions: pictures, and where the player is at the last frame."""
     imagined = roll(world, starts, batch, new=new)[:, GIVEN:]
     truth, last = starts.frames[:, GIVEN : GIVEN + new], GIVEN + new - 1
     repeated = psnr(starts.frames[:, GIVEN - 1, None], truth).mean(axis=0)
@@ -119,7 +119,7 @@ def follow(world: object, starts: Starts, reader: FrameReader, batch: int, new: 
 
 
 def obey(world: object, starts: Starts, reader: FrameReader, batch: int) -> dict[str, float]:
-    """Turning, walls, return."""
+    """Under one action, repeated: turning, walls, return."""
     def turned(x: int) -> np.ndarray:
         clips = roll(world, starts, batch, csgo_action(x=x), SHORT)
         return apart(read_poses(reader, clips[:, -1]), read_poses(reader, clips[:, GIVEN - 1]))[1]
@@ -139,7 +139,7 @@ def obey(world: object, starts: Starts, reader: FrameReader, batch: int) -> dict
 
 
 def seconds_a_frame(world: object, starts: Starts) -> float:
-    """Of one world by itself; the median of 8 frames."""
+    """Of one world by itself: the median of six frames, after three to warm up."""
     world.reset(starts.frames[:1, :GIVEN], starts.actions[:1, : GIVEN - 1])
     times = []
     for t in range(GIVEN - 1, GIVEN + 8):

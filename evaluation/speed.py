@@ -208,9 +208,8 @@ class Settings:
 def main(argv: list[str] | None = None) -> int:
     def run(settings: Settings) -> None:
         if settings.plan:
-            print_plan(SIZES[settings.size])
-        else:
-            time_layers() if settings.layers else measure(settings)
+            return print_plan(SIZES[settings.size])
+        return time_layers() if settings.layers else measure(settings)
 
     return command("speed", lambda: run(parse(Settings, "Measure speed and memory.", argv)))
 

@@ -29,6 +29,7 @@ Paper: section 4.2 and Algorithm 2 (action-guided, autoregressive sampling); set
 """
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,6 +54,7 @@ from data import (
 from diffusion_forcing import rollout_levels
 from episodes.npz import read_npy
 from errors import CheckpointError, DataError, RequestError
+from model.device import best_device
 from model.memory import keep_freed_memory
 from model.sampling import Sampling
 from model.saving import (
@@ -260,7 +262,7 @@ class WorldModel:
 
     def run_network(self, *inputs) -> Tensor:
         cuda = self.model.device.type == "cuda"
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=cuda):
+        with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
             return self.model.denoise(*inputs).float()
 
     def slide(self, window: Window, length: int) -> Window:
@@ -321,14 +323,13 @@ def load_world(checkpoint: str | Path, device: str | torch.device | None = None,
                ) -> WorldModel:
     """A world model from a run folder of train.py, a checkpoint in it, or a released checkpoint.
 
-    device   None means CUDA where there is one
+    device   None means the best there is: see `model.device.best_device`
     options  those of WorldModel
 
     Raises CheckpointError for a file that cannot be used, RequestError for options out of range.
     """
     keep_freed_memory()
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    return WorldModel(load_world_model(checkpoint).to(device or best), **options)
+    return WorldModel(load_world_model(checkpoint).to(device or best_device()), **options)
 
 
 def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context: int = 1

@@ -28,12 +28,14 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from unittest import SkipTest
+from unittest import SkipTest, mock
 
 import numpy as np
 import torch
 from PIL import Image, ImageFont
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import action_guidance
 import causal_attention
@@ -61,7 +63,7 @@ from causal_conv import TRANSFER_METHODS, TemporalConv, transfer_weights
 from commands import parse
 from data import DATA_SETS, SAMPLES, Clips, collate, fit_frames, open_episodes
 from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss, draw_levels
-from dynamicrafter import checkpoint
+from dynamicrafter import autoencoder, checkpoint
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.checkpoint import read_checkpoint, read_lightning
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig, preprocess
@@ -84,6 +86,7 @@ from errors import CheckpointError, DataError, RequestError, UserError
 from evaluation import (
     ablations,
     baselines,
+    contact,
     controllability,
     drift,
     evaluate,
@@ -94,7 +97,8 @@ from evaluation import (
     transfers,
 )
 from evaluation.nar import imagine_together
-from model import saving
+from model import device, saving
+from model.memory import halve_frozen
 from model.sampling import MEASURED
 from model.saving import (
     ARENA_WORLD,
@@ -117,6 +121,7 @@ from sample import Sampling, WorldModel
 from temporal import norm
 from temporal.cache import Cache
 from temporal.norm import TemporalNorm, past_by_definition
+from testing import full_size
 from testing.commands import folder, free_port, needs, raises, refused, run_command
 from testing.episodes import (
     encode_jpeg,
@@ -2043,7 +2048,8 @@ def test_settings_are_those_of_the_kind_of_model_and_can_be_changed():
                           (["--seed", 2**64], "between 0 and 2.63"), (["--seed", -1], "between 0"),
                           (["--steps", 0], "at least 1"),
                           (["--workers", -1], "at least 0"), (["--out", "a\0b"], "null byte"),
-                          (["--set", "preset=huge"], "preset is 'huge'")):
+                          (["--set", "preset=huge"], "preset is 'huge'"),
+                          (["--set", "norm_scope=x"], "norm_scope is 'x'")):
         refused(train.main, *words, saying=saying)
     code, printed = run_command(train.main, "--help")
     # what will be used
@@ -2082,22 +2088,57 @@ def test_a_passive_model_learns_without_actions_and_without_causality():
     refused(sample.main, "--checkpoint", out, "--out", folder(), saying="passive")
 
 
+def in_two_processes(*words: object) -> str:
+    """What train.py prints under torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+              "--master_addr=127.0.0.1", f"--master_port={free_port()}", HERE / "train.py"]
+    done = subprocess.run([*map(str, launch), *map(str, words)], cwd=HERE, capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def weights_of(run: Path) -> Tensor:
+    return torch.cat([weight.flatten() for weight in load_model(run).parameters()])
+
+
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch():
     root, one, two = make_rt1([8] * 6), folder() / "one", folder() / "two"
-    words = ["dropout=0", "--norm-scope", "past"]
+    words = ["dropout=0", "norm_scope=past"]
     assert run_command(train.main, *train_words(root, one, 2, 2, *words))[0] == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-              "--master_addr=127.0.0.1",
-              f"--master_port={free_port()}", HERE / "train.py"]
-    done = subprocess.run([*map(str, launch), *map(str, train_words(root, two, 2, 1, *words))],
-                          cwd=HERE,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          timeout=150)
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_two_processes(*train_words(root, two, 2, 1, *words))
     assert np.allclose(losses(one), losses(two), rtol=1e-5)
-    ours, theirs = (torch.cat([weight.flatten() for weight in load_model(out).parameters()])
-                    for out in (one, two))
-    assert error_of(theirs, ours) < 1e-5
+    assert error_of(weights_of(two), weights_of(one)) < 1e-5
+
+
+def test_a_sharded_run_is_that_of_one_process_and_goes_on_with_any_number():
+    root, one, other = make_rt1([8] * 6), folder() / "one", folder() / "other"
+    words = ["dropout=0", "warmup=1", "--lr", 1e-3]
+    assert run_command(train.main, *train_words(root, one, 3, 2, *words))[0] == 0
+    in_two_processes(*train_words(root, other, 1, 1, *words), "--shard")
+    go_on = ["--resume", "--out", other]
+    assert run_command(train.main, *go_on, "--steps", 2, "--batch", 2)[0] == 0
+    in_two_processes(*go_on, "--steps", 3, "--batch", 1, "--shard")
+    assert np.allclose(losses(one), losses(other), rtol=1e-5)
+    assert error_of(weights_of(other), weights_of(one)) < 1e-5
+    refused(train.main, *train_words(root, folder() / "run"), "--shard", saying="torchrun")
+
+
+def test_temporal_layers_can_learn_alone():
+    root, out = make_rt1([8] * 6), folder() / "run"
+    words = train_words(root, out, 1, 1, "warmup=1", "--lr", 1e-3, "--trainable", "temporal")
+    assert run_command(train.main, *words)[0] == 0
+    begun = load_model(out).state_dict()
+    frozen = read_checkpoint(out / "frozen.pt")["weights"]
+    assert run_command(train.main, "--resume", "--out", out, "--steps", 4)[0] == 0
+    moved = {name for name, weight in load_model(out).state_dict().items()
+             if not torch.equal(weight, begun[name])}
+    assert moved and not moved & set(frozen)
+    for name in moved:
+        assert re.search(r"temopral_conv|init_attn|\.2\.|middle_block|action_emb|unet\.out", name)
+    for part in ("temopral_conv", "attn1.to_q", "action_emb_proj", "unet.out."):
+        assert any(part in name for name in moved), part
+    assert "unet.input_blocks.1.0.in_layers.2.weight" in frozen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2505,12 +2546,43 @@ def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_acti
         [0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, -0.5, 0]]
 
 
-def test_a_person_may_judge_rollouts():
-    videos = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 8, 3), dtype=np.uint8)
-    policies.write_page(path := folder() / "page.html", {"a & b": videos[0], "c": videos[1]}, 3)
-    page = path.read_text()
-    assert 'name="a &amp; b"' in page and page.count("data:image/png") == 2
-    assert policies.decide(videos, ["a & b", "c"], None, {"c": True}) == [False, True]
+def test_policies_are_judged_by_the_verifier_or_a_person():
+    out = folder()
+    options = ["--starts", 3, "--horizon", 2, "--steps", 1, "--out", out]
+    code, said = run_command(policies.main, *options, "--controls", "--judge")
+    assert code == 0 and said.count("| untrained | 0 % |") == 3, said
+    names = re.findall('name="([^"]+)"', page := (out / "judge.html").read_text())
+    assert len(names) == 3 * 6 * 3 == page.count("data:image/png")  # worlds, policies, starts
+
+    with mock.patch.object(policies, "roll_out", side_effect=AssertionError):  # all is known
+        assert run_command(policies.main, *options, "--controls")[0] == 0
+        verdicts = {name: "Vid2World" in name and "/4000 steps/" in name for name in names}
+        (out / "verdicts.json").write_text(json.dumps(verdicts))
+        code, said = run_command(policies.main, *options, "--verdicts", out / "verdicts.json")
+    assert code == 0 and "| 4000 steps | 100 % |" in said and "| 90 steps | 0 % |" in said, said
+    assert (out / "agreement.md").read_text().count("Vid2World") == 1
+
+
+def test_contact_is_read_off_openings():
+    true = np.array([[0.1, 0.1], [0.1, 0.02], [0.1, 0.1]])
+    imagined = np.array([[0.1, 0.05], [0.1, 0.04], [0.1, 0.1]])
+    # one of three drawers moves, and does so in the model; so does one of the two others
+    assert contact.describe(true, imagined) == "1 of 3 | 100 % | 50 % | 20 | -10"
+    assert contact.describe(true[1:2], true[1:2]) == "1 of 1 | 100 % | – | 0 | +0"
+
+    class Still:
+        def reset(self, frames):
+            self.actions = []
+            assert frames.shape == (3, 1, 2, 2, 3)
+
+        def step(self, actions):
+            self.actions.append(actions)
+            return starts + len(self.actions)
+
+    starts, numbers = np.zeros((3, 2, 2, 3), np.uint8), np.random.uniform(-1, 1, (3, 5, 4))
+    videos = contact.replay(world := Still(), starts, numbers)
+    assert videos[:, :, 0, 0, 0].tolist() == [[0, 1, 2, 3, 4, 5]] * 3
+    assert np.allclose(np.stack(world.actions, 1)[..., 10:], numbers[..., :3], atol=1e-6)
 
 
 def clip_baselines() -> tuple[np.ndarray, np.ndarray, Model, dict[str, tuple]]:
@@ -2647,7 +2719,9 @@ def test_byte_pairs_are_merged_in_their_order():
 
 def test_memory_is_counted_as_it_is():
     """Against arithmetic, and against what a real step leaves alive."""
-    config = replace(PRESETS["tiny"], size=(32, 32))
+    tiny = PRESETS["tiny"]
+    config = replace(tiny, size=(32, 32), resampler=replace(tiny.resampler, num_frames=4),
+                     unet=replace(tiny.unet, channel_mult=(1, 2), num_frames=4))
     half, peak = plan.count(lambda: torch.nn.Linear(1000, 1000, bias=False), lambda layer: layer(
         torch.zeros(500, 1000)).sum().backward())
     assert abs(half - 4e-3) < 1e-5  # 1000² weights
@@ -2656,13 +2730,86 @@ def test_memory_is_counted_as_it_is():
                                   lambda model: plan.train_step(model, 8, checkpointing=False))
     _, recomputing = plan.count(lambda: plan.build_model(config),
                                 lambda model: plan.train_step(model, 8, checkpointing=True))
-    _, sampling = plan.count(lambda: plan.build_model(config), plan.sample_frame)
+    _, sampling = plan.count(lambda: plan.build_model(config), partial(plan.sample_frame, given=3))
     assert weights < sampling < recomputing < keeping
     model = plan.build_model(config)
     total = sum(tensor.numel() * tensor.element_size()
                 for tensor in [*model.parameters(), *model.buffers()])
     assert abs(weights - total / 1e9) < 1e-5
     assert recomputing > 4 * weights * 0.8  # weights, gradients, two moments of what learns
+    _, temporal = plan.count(lambda: plan.build_model(config),
+                             lambda model: plan.train_step(model, 8, trainable="temporal"))
+    (_, two), (_, four) = plan.count_pieces(config, (2, 4))
+    assert temporal < recomputing and four < two < recomputing
+
+
+def test_frozen_parts_may_be_halved_and_frames_coded_one_by_one():
+    root, out = make_rt1([8] * 6), folder() / "run"
+    words = ["--bf16", "--base", TINY_BASE]
+    assert run_command(train.main, *train_words(root, out, 2, 1), *words)[0] == 0
+    weights = read_checkpoint(out / "frozen.pt")["weights"]
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert (out / "step_0000002.png").exists() or (out / "step_0000000.png").exists()
+    model = load_model(out)
+    frames = torch.rand(2, 3, 3, 32, 32) * 2 - 1
+    together = model.encode(frames), model.decode(model.encode(frames))
+    with mock.patch.object(autoencoder, "AT_ONCE", 1):
+        latents = model.encode(frames)
+        assert error_of(latents, together[0]) < 1e-5
+        assert error_of(model.decode(latents), together[1]) < 1e-5
+    model.autoencoder.requires_grad_(False)
+    halve_frozen(model)
+    assert {part: next(getattr(model, part).parameters()).dtype for part in (
+        "autoencoder", "image_tower", "unet")} == {
+        "autoencoder": torch.bfloat16, "image_tower": torch.float32, "unet": torch.float32}
+
+
+def test_the_best_device_is_found_and_a_mac_is_told_once():
+    choose = device.best_device.__wrapped__
+    with (mock.patch("torch.cuda.is_available", return_value=False),
+          mock.patch("torch.backends.mps.is_available", return_value=True)):
+        with mock.patch.dict(os.environ, {device.FALLBACK: "1"}):
+            assert choose() == "mps"
+        with mock.patch.dict(os.environ), mock.patch("builtins.print") as said:
+            os.environ.pop(device.FALLBACK, None)
+            assert choose() == "cpu" and device.FALLBACK in said.call_args[0][0]
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        assert choose() == "cuda"
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses what Apple's GPUs refuse: numbers of 64 bits that are no integers."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            assert not isinstance(tensor, Tensor) or tensor.dtype != torch.float64, func
+        return result
+
+
+def test_nothing_needs_doubles_that_a_mac_lacks():
+    world = small_world(guidance=2.0, eta=1.0)
+    frames, actions = small_episode(4)
+    model, settings = world.model, Settings(batch=1)
+    batch = {"frames": torch.from_numpy(frames[None]), "actions": torch.from_numpy(actions[None]),
+             "index": [0]}
+    with NoDoubles():
+        world.reset(frames[:2], actions[:1])
+        world.step(actions[1])
+        train.batch_loss(train.PostTraining(model, False, "clean"), model, batch,
+                         settings).backward()
+
+
+def test_a_large_checkpoint_is_written_in_pieces_and_read():
+    shapes = {name: tuple(w.shape) for name, w in read_lightning(small_checkpoint()).items()}
+    keys, path = folder() / "keys.tsv", folder() / "model.safetensors"
+    keys.write_text("\n".join(f"{name}\t{','.join(map(str, shape))}"
+                              for name, shape in shapes.items()))
+    with mock.patch.object(full_size, "KEYS", keys):
+        assert run_command(lambda words: full_size.write(path))[0] is None
+    weights = read_lightning(path)
+    assert {name: tuple(w.shape) for name, w in weights.items()} == shapes
+    wide = weights["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"].float()
+    assert 0.8 < wide.std() * wide[0].numel() ** 0.5 < 1.2
 
 
 def test_the_ways_to_steer_are_compared():

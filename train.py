@@ -2,7 +2,8 @@
 
     python train.py --data rt1                            (what is bundled, on a laptop)
     python train.py --data rt1 --root /data/fractal20220817_data --base dynamicrafter_512.ckpt
-    torchrun --nproc_per_node=4 train.py --data rt1 …     (many GPUs, many machines)
+    torchrun --nproc_per_node=4 train.py --data rt1 …     (many GPUs, many machines; --shard
+                                                          where one cannot hold everything)
 
 One step, which is `PostTraining.forward` below: encode a batch of clips; give every frame a noise
 level of its own; hide some of the actions; predict the velocity; compare. The U-Net and the
@@ -34,6 +35,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from action_guidance import align_actions, drop_actions
+from causal_attention import TemporalTransformer
+from causal_conv import TemporalConvBlock
 from commands import command
 from data import (
     SAMPLES,
@@ -51,7 +54,8 @@ from diffusion_forcing import diffusion_forcing_loss, draw_levels
 from dynamicrafter.checkpoint import read_checkpoint
 from dynamicrafter.resampler import Resampler
 from errors import DataError
-from model.memory import keep_freed_memory
+from model.device import slow_in_half
+from model.memory import halve_frozen, keep_freed_memory
 from model.sampling import MEASURED
 from model.saving import (
     TINY_BASE,
@@ -72,6 +76,7 @@ from training.processes import (
 from training.recorder import Recorder
 from training.run_folder import check_folder, write_settings
 from training.settings import Settings, parse_arguments
+from training.sharding import load_optimizer, shard
 from training.tiny_autoencoder import fit_autoencoder
 from unet import UNet
 
@@ -162,6 +167,8 @@ def prepare(settings: Settings, method: "Method", rank: int, device: torch.devic
                         for learns in (True, False))
     say(f"{learning / 1e6:.1f} M parameters learn, {frozen / 1e6:.1f} M are frozen"
         + (f"; resuming {settings.out} at step {saved['step']}" if saved else ""))
+    if settings.bf16 and slow_in_half(device):
+        say("this CPU has no AVX-512, so bfloat16 is far slower than float32: leave --bf16 out")
     augment = episodes.dataset.augment if settings.augment is None else settings.augment
     clips = Clips(episodes, settings.frames, tuple(settings.size), settings.seed, augment)
     return model, clips, held_out, saved
@@ -217,7 +224,22 @@ def build_model(settings: Settings, dataset: DataSet) -> Model:
     never_used = (tower.ln_post, tower.proj)  # by which the tower would reach CLIP's space
     for part in (model.autoencoder, *((tower,) if settings.base else never_used)):
         part.requires_grad_(False)
+    if settings.trainable == "temporal":
+        freeze_pictures(model)
     return model
+
+
+def freeze_pictures(model: Model) -> None:
+    """Leave what DynamiCrafter knows of single frames as it is: a third of the memory."""
+    unet = model.unet
+    for part in (unet, model.resampler, model.image_tower):
+        part.requires_grad_(False)
+    learn = [layer for layer in unet.modules()
+             if isinstance(layer, (TemporalConvBlock, TemporalTransformer))]
+    learn += [unet.out] + ([unet.action_emb_preprocess, unet.action_emb_proj]
+                           if unet.config.action_dim else [])
+    for part in learn:
+        part.requires_grad_(True)
 
 
 def pretrain_autoencoder(model: Model, episodes: Episodes, settings: Settings) -> None:
@@ -262,16 +284,20 @@ def train(settings: Settings, method: Method = WORLD) -> int:
     rank, processes, device = join_processes()
     model, clips, held_out, saved = prepare(settings, method, rank, device)
     start = saved["step"] if saved else 0
+    if settings.shard:
+        shard(model, settings.bf16)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, fused=device.type != "mps")
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
     trainee = method.loss(model, settings.bf16, settings.weighting).train()
-    if processes > 1:  # which also hands the first process's weights to the others
+    if processes > 1 and not settings.shard:  # which also hands the first's weights to the others
         trainee = DistributedDataParallel(trainee)
     recorder, validation = None, partial(validate, model, held_out, settings, method.loss)
-    if rank == 0:
-        recorder = Recorder(settings, model, optimizer, held_out, validation, start)
+    if rank == 0 or settings.shard:  # a network in pieces validates and saves with all of them
+        recorder = Recorder(settings, model, optimizer, held_out, validation, start, rank)
+    if settings.bf16:
+        halve_frozen(model)
 
     stop, batches = stop_on_signals(), load_batches(clips, settings, start, rank, processes)
     bar = tqdm(range(start, settings.steps), "training", settings.steps, initial=start,
@@ -288,11 +314,11 @@ def train(settings: Settings, method: Method = WORLD) -> int:
         loss, stopping = across_processes(loss, bool(stop), device)
         if recorder:
             recorder.record(step + 1, loss, damaged, stopping or step + 1 == settings.steps)
-            bar.set_postfix(recorder.log.summary())
+            bar.set_postfix(recorder.summary())
         if stopping:
             break
     leave_processes()
-    if recorder:
+    if rank == 0:
         recorder.finish(stopped=bool(stop))
     return 128 + stop[0] if stop else 0
 

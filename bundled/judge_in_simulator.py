@@ -1,8 +1,8 @@
 """How often do the policies close the drawer in the simulator? python -m bundled.judge_in_simulator
 
-50 seeded starts a policy; what is written beside the samples is each start's first frame, and for
-every policy how far the drawer was open in the end: the truth that evaluation/policies.py is
-compared with.
+50 seeded starts a policy. What is written beside the samples is each start's first frame, and for
+every policy what it did and how far the drawer was open at every frame: the truth that
+evaluation/policies.py is compared with.
 """
 import argparse
 from pathlib import Path
@@ -12,18 +12,21 @@ from tqdm import tqdm
 
 from bundled.record_drawer import Simulator
 from bundled.train_policies import TASK, begin, hold, opening
-from evaluation.policies import CLOSED, HORIZON, POLICIES, STARTS, load_policies, to_action
+from evaluation.policies import CLOSED, HORIZON, POLICIES, STARTS, load_policies
+from evaluation.readers import FrameReader
 
 
-def judge(simulator: Simulator, policy, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """First and last frame, and how far the drawer is open after HORIZON frames."""
+def judge(simulator: Simulator, policy: FrameReader, seed: int
+          ) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """Frames, what was done between them [HORIZON, 4], and how far the drawer is open at each."""
     begin(simulator, np.random.default_rng([11, seed]))
-    first = frame = simulator.render()
+    frames, actions, openings = [simulator.render()], [], [opening(simulator)]
     for _ in range(HORIZON):
-        action = to_action(policy.read(frame[None]))[0]
-        hold(simulator, np.append(action[10:13], action[3]))
-        frame = simulator.render()
-    return first, frame, opening(simulator)
+        actions.append(np.clip(policy.read(frames[-1][None])[0], -1, 1))
+        hold(simulator, actions[-1])
+        frames.append(simulator.render())
+        openings.append(opening(simulator))
+    return np.stack(frames), np.stack(actions), openings
 
 
 def main() -> None:
@@ -34,16 +37,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=STARTS)
     args = parser.parse_args()
     simulator, (policies, verifier) = Simulator(TASK), load_policies(args.policies)
-    openings, firsts, agree = {}, [], []
+    truth: dict[str, np.ndarray] = {}
+    agree = []
     for name, policy in policies.items():
-        ends = [judge(simulator, policy, seed) for seed in tqdm(range(args.starts), name)]
-        firsts = np.stack([first for first, _, _ in ends])
-        openings[name] = np.array([end for _, _, end in ends])
-        read = verifier.opening(np.stack([last for _, last, _ in ends]))
-        agree.append((read < CLOSED) == (openings[name] < CLOSED))
-        print(f"{name}: {100 * (openings[name] < CLOSED).mean():.0f} % of {args.starts} closed")
+        runs = [judge(simulator, policy, seed) for seed in tqdm(range(args.starts), name)]
+        frames, actions, openings = (np.stack(each) for each in zip(*runs, strict=True))
+        truth |= {"frames": frames[:, 0], name: openings.astype(np.float32),
+                  f"{name}, actions": actions.astype(np.float32)}
+        closed = openings[:, -1] < CLOSED
+        agree.append((verifier.opening(frames[:, -1]) < CLOSED) == closed)
+        print(f"{name}: {100 * closed.mean():.0f} % of {args.starts} closed", flush=True)
     print(f"the verifier agrees with the simulator on {100 * np.mean(agree):.1f} % of the ends")
-    np.savez_compressed(args.out, frames=firsts, **openings)
+    np.savez_compressed(args.out, **truth)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
 
 

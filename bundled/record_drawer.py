@@ -117,7 +117,7 @@ class Simulator:
         for flag in self.flags_off:
             viewer.scn.flags[flag] = 0
         picture = Image.fromarray(self.env.render()).rotate(180)
-        return np.asarray(picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
+        return np.array(picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
 
     def gripper(self) -> tuple[np.ndarray, np.ndarray]:
         """Where the fingertips are: position [3] in metres, and pixel [2] (x to the right, y down).

@@ -3,8 +3,10 @@
 Diffusion happens in its latents, where a frame is 64 times smaller. It is inherited and stays
 frozen. Parameter names are those of the checkpoint, below `first_stage_model.`.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -140,6 +142,9 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+AT_ONCE = 2**20  # pixels: a clip of 16 large frames at once would take several GB
+
+
 class Autoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig()):
         super().__init__()
@@ -159,7 +164,7 @@ class Autoencoder(nn.Module):
         noise  standard Gaussian, shaped like the latents, to sample the posterior (training); None
                takes its mean
         """
-        moments = self.moments(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        moments = self.frames_at_a_time(self.moments, pixels, pixels[0, 0, 0].numel())
         mean, log_variance = moments.chunk(2, dim=2)  # [B, T, C, h, w]
         if noise is not None:
             mean = mean + noise * (0.5 * log_variance.clamp(-30, 20)).exp()
@@ -167,6 +172,12 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, T, C, h, w] -> pixels [B, T, 3, H, W], about [-1, 1]."""
-        z = latents.flatten(0, 1) / self.config.latent_scale
-        return self.decoder(self.post_quant_conv(z)).unflatten(0, latents.shape[:2])
+        pixels = latents[0, 0, 0].numel() * self.config.factor**2
+        return self.frames_at_a_time(lambda z: self.decoder(self.post_quant_conv(z)),
+                                     latents / self.config.latent_scale, pixels)
+
+    def frames_at_a_time(self, work: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+        """Work on the frames of x [B, T, ...], which have so many pixels each."""
+        frames = x.flatten(0, 1).split(max(1, AT_ONCE // pixels))
+        return torch.cat([work(some) for some in frames]).unflatten(0, x.shape[:2])
 

@@ -45,6 +45,7 @@ VARIANTS = {  # name -> settings of train.py
     "clear frames": {"clear_frames": 0.6},
     # nearly clean frames count little
     "clear frames, clean weighting": {"clear_frames": 0.6, "weighting": "clean"},
+    "temporal layers alone": {"trainable": "temporal"},  # not the paper's: half of the memory
     "from scratch": {"scratch": True},  # but for the autoencoder and the image tower
 }
 

@@ -170,7 +170,7 @@ def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarr
     if "lpips" in networks:
         ours, theirs = (networks["lpips"](clips.reshape(B * T, *clips.shape[2:]))
                         for clips in (imagined, truth))
-        tally.add({"lpips": (ours - theirs).square().sum(dim=1).view(B, T).double().cpu().numpy()})
+        tally.add({"lpips": (ours - theirs).square().sum(dim=1).view(B, T).cpu().double().numpy()})
     for whose, clips in (("imagined", imagined), ("true", truth)):
         if "fid" in networks:
             pictures = clips.reshape(B * T, *clips.shape[2:])

@@ -80,7 +80,7 @@ class Statistics:
         self.scatter = torch.zeros(size, size, dtype=torch.float64)  # Σ (x - mean)(x - mean)ᵀ
 
     def add(self, features: Tensor) -> None:  # [N, size]
-        features = features.double().cpu()
+        features = features.cpu().double()
         mean = features.mean(dim=0)
         self.merge(len(features), mean, (features - mean).T @ (features - mean))
 

@@ -8,8 +8,9 @@ rollout's cache. Not counted is what the allocator loses between blocks, and the
 CUDA takes for itself.
 """
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.memory import halve_frozen
 from model.vid2world import Model, ModelConfig
 from temporal.cache import Cache
-from train import PostTraining
+from train import PostTraining, freeze_pictures
 
 CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80}
+CARDS_TOGETHER = (2, 4, 8)
 RESERVED = 1.5  # GB that a card has for nobody: CUDA's own, and what lies between blocks
 
 
@@ -70,11 +73,14 @@ def build_model(config: ModelConfig, action_dim: int = 13) -> Model:
     return Model(replace(config, unet=unet))
 
 
-def sample_frame(model: Model) -> None:
-    """The last frame that fits into the window: one pass over it with its action and without, and
-    the decoder. The memory of the frames before is full."""
-    config, T = model.config, model.num_frames - 1
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+def sample_frame(model: Model, given: int = 15, half: bool = True) -> None:
+    """One frame after those given: one pass over it with its action and without, and the decoder.
+    With 15 given it is the last that fits into the window, and the memory of the others is full.
+
+    half  in bfloat16, as on GPUs
+    """
+    config, T = model.config, given
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         pixels = torch.zeros(1, T, 3, *config.size)
         latents = torch.cat([model.encode(pixels[:, t : t + 1]) for t in range(T)], dim=1)
         tokens, cache = model.image_tokens(pixels[:, 0]), Cache(config.unet.num_frames)
@@ -89,24 +95,82 @@ def sample_frame(model: Model) -> None:
         model.decode(latents[:, :1])
 
 
-def train_step(model: Model, batch: int, checkpointing: bool) -> None:
-    """One step of `train.py`: forward, backward, AdamW."""
+def begin_training(model: Model, checkpointing: bool, trainable: str = "all", half: bool = True
+                   ) -> list[nn.Parameter]:
+    """As `train.py` sets it up; returns what learns."""
     for part in (model.autoencoder, model.image_tower):
         part.requires_grad_(False)
+    if half:
+        halve_frozen(model)
+    if trainable == "temporal":
+        freeze_pictures(model)
     model.unet.checkpointing = checkpointing
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0  # its mask is small
-    learn = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learn, foreach=False)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def add_gradients(model: Model, batch: int, half: bool = True) -> None:
+    """Forward and backward."""
     T, size, shape = model.num_frames, model.config.size, model.latent_shape
     frames = torch.zeros(batch, T, *size, 3, dtype=torch.uint8)
     draws = {"k": torch.zeros(batch, T, dtype=torch.long), "noise": torch.zeros(batch, T, *shape),
              "posterior": torch.zeros(batch, T, *shape), "action_mask": torch.ones(batch, T),
              "keep_image": torch.ones(batch)}
-    loss = PostTraining(model, bf16=True)(frames, torch.zeros(batch, T, model.action_dim), draws)
+    loss = PostTraining(model, half)(frames, torch.zeros(batch, T, model.action_dim), draws)
     loss.backward()
+
+
+def train_step(model: Model, batch: int = 1, checkpointing: bool = True, trainable: str = "all",
+               half: bool = True) -> None:
+    """One step of `train.py`: forward, backward, AdamW."""
+    learn = begin_training(model, checkpointing, trainable, half)
+    optimizer = torch.optim.AdamW(learn, foreach=False)
+    add_gradients(model, batch, half)
     optimizer.step()
+
+
+def build_in_pieces(config: ModelConfig) -> Model:
+    """For one process of `train.py --shard`: weights gathered in half precision, gradients given
+    away as soon as they are there."""
+    model = build_model(config)
+    for parameter in begin_training(model, checkpointing=True):
+        parameter.data = parameter.data.bfloat16()
+        parameter.register_post_accumulate_grad_hook(let_go)
+    return model
+
+
+def let_go(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def count_pieces(config: ModelConfig, numbers: Sequence[int]) -> Iterator[tuple[float, float]]:
+    """For each number of processes of `train.py --shard`, GB of weights in one of them, and at the
+    most: its pieces of weights, gradients and moments, the frozen parts, the activations, and two
+    layers whole."""
+    with torch.device("meta"):
+        model = build_model(config)
+    learn = sum(parameter.numel() for parameter in begin_training(model, checkpointing=True)) / 1e9
+    layers = [layer for block in (*model.unet.input_blocks, *model.unet.output_blocks)
+              for layer in block]
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers) / 1e9
+    gathered, peak = count(lambda: build_in_pieces(config), lambda model: add_gradients(model, 1))
+    frozen, activations = gathered - 2 * learn, peak - gathered
+    for processes in numbers:
+        yield (4 * learn / processes + frozen,
+               16 * learn / processes + frozen + activations + 2 * 2 * largest)
+
+
+PLAN: dict[str, Callable[[Model], object]] = {
+    "sampling": sample_frame,
+    **{f"training, {batch} clip{'s' * (batch > 1)}, {words} activations":
+       partial(train_step, batch=batch, checkpointing=checkpointing)
+       for batch in (1, 2, 4)
+       for checkpointing, words in ((True, "recomputing"), (False, "keeping"))},
+    "training, 1 clip, recomputing activations, `--trainable temporal`":
+        partial(train_step, trainable="temporal"),
+}
 
 
 def print_plan(config: ModelConfig) -> None:
@@ -116,13 +180,10 @@ def print_plan(config: ModelConfig) -> None:
         return fits[0] if fits else "none of these"
 
     print("| | weights (GB) | at the most (GB) | fits |\n| --- | --- | --- | --- |")
-    weights, peak = count(lambda: build_model(config), sample_frame)
-    print(f"| sampling | {weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)
-    for batch in (1, 2, 4):
-        for checkpointing in (True, False):
-            weights, peak = count(lambda: build_model(config), lambda model, b=batch,
-                                  c=checkpointing: train_step(model, b, c))
-            words = "recomputing activations" if checkpointing else "keeping activations"
-            clips = f"{batch} clip{'s' * (batch > 1)}"
-            print(f"| training, {clips}, {words} | {weights:.1f} | {peak:.1f} | {card(peak)} |",
-                  flush=True)
+    for name, work in PLAN.items():
+        weights, peak = count(lambda: build_model(config), work)
+        print(f"| {name} | {weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)
+    for processes, (weights, peak) in zip(CARDS_TOGETHER, count_pieces(config, CARDS_TOGETHER),
+                                          strict=True):
+        print(f"| training, 1 clip each on {processes} cards, `--shard --checkpointing` | "
+              f"{weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)

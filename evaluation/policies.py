@@ -24,6 +24,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -39,11 +40,14 @@ from errors import CheckpointError, RequestError
 from evaluation.evaluate import Still, WorldSettings
 from evaluation.readers import FrameReader
 from model.saving import CHECKPOINTS, TINY_WORLD
+from model.vid2world import Model, ModelConfig
 from sample import WorldModel, load_world
 from viewing.pictures import save_scatter, save_strip
 
 POLICIES, STARTS = CHECKPOINTS / "policies.pt", SAMPLES / "drawer_starts.npz"
-MARKS = {"1 %": 0.01, "5 %": 0.05, "15 %": 0.15, "40 %": 0.4, "100 %": 1.0}  # of training
+# The policies, each after so many steps of training: from one that never closes the drawer to one
+# that always does.
+MARKS = {f"{steps} steps": steps for steps in (40, 90, 120, 200, 4000)}
 HORIZON = 40  # frames that a policy has
 CLOSED = 0.02  # metres: a drawer that is open by less is closed
 UNIT = 0.1  # metres, in which the verifier counts
@@ -68,8 +72,8 @@ class Verifier:
         self.network = network
 
     def opening(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [N, 64, 80, 3] -> metres [N]."""
-        return UNIT * self.network.read(frames)[:, 0]
+        """uint8 [..., 64, 80, 3] -> metres [...]."""
+        return UNIT * self.network.read(frames)[..., 0]
 
 
 def to_action(numbers: np.ndarray) -> np.ndarray:
@@ -164,14 +168,12 @@ function save() {{
 """
 
 
-def write_page(path: Path, strips: dict[str, np.ndarray], columns: int = 9) -> None:
-    """One page of rollouts uint8 [T, H, W, 3] by key, in random order, to be ticked."""
+def write_page(path: Path, strips: dict[str, np.ndarray]) -> None:
+    """One page of strips uint8 [T, H, W, 3] by key, in random order, to be ticked."""
     rows = []
     for key in np.random.default_rng(0).permutation(list(strips)):
-        video = strips[key]
-        chosen = np.linspace(0, len(video) - 1, columns).round().astype(int)
         file = BytesIO()
-        Image.fromarray(np.concatenate(list(video[chosen]), axis=1)).save(file, "PNG")
+        Image.fromarray(np.concatenate(list(strips[key]), axis=1)).save(file, "PNG")
         source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         rows.append(f'<label><input type="checkbox" name="{html.escape(key)}"> '
                     f'<img src="{source}"></label>')
@@ -199,18 +201,39 @@ class Settings(WorldSettings):
     out: str = option("evaluations/policies", "folder for the results")
 
 
-def read_starts(settings: Settings, world: WorldModel) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+@dataclass
+class Trial:
+    """A world that policies are tried out in."""
+    title: str
+    make: Callable[[], WorldModel | Still]
+    shuffled: bool = False
+
+
+def trials(model: Model, settings: Settings) -> list[Trial]:
+    """The model at each guidance, and the worlds that must fail."""
+    rows = []
+    for guidance in settings.guidance or [None]:
+        make = partial(WorldModel, model, guidance, steps=settings.steps, eta=settings.eta,
+                       seed=settings.seed)
+        sampling = make().sampling
+        rows.append(Trial(f"Vid2World, {sampling}", make))
+        if settings.controls:
+            rows.append(Trial(f"shuffled actions, {sampling}", make, shuffled=True))
+    return rows + [Trial("nothing moves", Still)] * settings.controls
+
+
+def read_starts(settings: Settings, config: ModelConfig
+                ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """First frames uint8 [N, H, W, 3], and true success by policy, where it is known."""
     if settings.policy:
         episodes = open_episodes(settings.data, settings.root, "val")
-        number = range(min(settings.starts, len(episodes)))
-        frames = np.stack([fit_frames(episodes[i].read(0, 1)[0], *world.model.config.size,
-                                      world.model.config.fit)[0] for i in number])
+        numbers = range(min(settings.starts, len(episodes)))
+        frames = np.stack([fit_frames(episodes[i].read(0, 1)[0], *config.size, config.fit)[0]
+                           for i in numbers])
         return frames, {}
     content = np.load(STARTS)
-    openings = {name: content[name][: settings.starts] for name in MARKS}
-    return (content["frames"][: settings.starts],
-            {name: metres < CLOSED for name, metres in openings.items()})
+    true = {name: content[name][: settings.starts, -1] < CLOSED for name in MARKS}
+    return content["frames"][: settings.starts], true
 
 
 def scripted(path: str) -> Policy:
@@ -224,6 +247,7 @@ def scripted(path: str) -> Policy:
 
 
 def open_policies(settings: Settings) -> tuple[dict[str, Policy], Verifier | None]:
+    """By name; and the verifier, where there is one."""
     if settings.policy:
         return {Path(path).stem: scripted(path) for path in settings.policy}, None
     networks, verifier = load_policies()
@@ -233,102 +257,118 @@ def open_policies(settings: Settings) -> tuple[dict[str, Policy], Verifier | Non
             for name, network in networks.items()}, verifier
 
 
-def measure(make_world: Callable[[], WorldModel], policy: Policy, starts: np.ndarray,
-            shuffled: bool, settings: Settings) -> np.ndarray:
-    """All frames of all starts, [N, 1 + horizon, H, W, 3]."""
-    parts = [starts[i : i + settings.batch] for i in range(0, len(starts), settings.batch)]
-    return np.concatenate([roll_out(make_world(), policy, part, shuffled, settings.horizon)
-                           for part in tqdm(parts, unit="batch", leave=False, disable=None)])
+# Settings, beside the world and the policy, that rollouts depend on.
+DECISIVE = ("checkpoint", "policy", "data", "root", "starts", "horizon", "seed", "batch")
+
+
+class Judgement:
+    """Which rollouts succeed, as a person says or the verifier. What was said is kept in a file, so
+    that an interrupted run goes on."""
+
+    def __init__(self, settings: Settings, verifier: Verifier | None, starts: np.ndarray):
+        self.settings, self.verifier, self.starts = settings, verifier, starts
+        self.out = Path(settings.out)
+        self.file = self.out / "successes.json"
+        self.known = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.verdicts = settings.verdicts and json.loads(Path(settings.verdicts).read_text())
+        self.strips: dict[str, np.ndarray] = {}  # for a person
+
+    def successes(self, trial: Trial, name: str, policy: Policy) -> np.ndarray:
+        """bool [starts], of one policy in one world."""
+        keys = [f"{trial.title}/{name}/{i}" for i in range(len(self.starts))]
+        if self.verdicts:
+            return np.array([self.verdicts.get(key, False) for key in keys], bool)
+        place = json.dumps([trial.title, name, {key: value for key, value in asdict(
+            self.settings).items() if key in DECISIVE}])
+        if place not in self.known or self.settings.judge:
+            videos = self.videos(trial, policy)
+            columns = np.linspace(0, self.settings.horizon, 9).round().astype(int)
+            self.strips |= dict(zip(keys, videos[:, columns], strict=True))
+            succeeded = (self.verifier.opening(videos[:, -1]) < CLOSED if self.verifier
+                         else np.zeros(len(videos), bool))  # until a person has judged
+            if self.verifier:
+                show_examples(self.out / file_name(f"{trial.title} {name}"), videos, succeeded)
+            self.known[place] = succeeded.tolist()
+            self.file.write_text(json.dumps(self.known))
+        return np.array(self.known[place])
+
+    def videos(self, trial: Trial, policy: Policy) -> np.ndarray:
+        """All frames of all starts, [starts, 1 + horizon, H, W, 3]."""
+        size, horizon = self.settings.batch, self.settings.horizon
+        parts = [self.starts[i : i + size] for i in range(0, len(self.starts), size)]
+        return np.concatenate([roll_out(trial.make(), policy, part, trial.shuffled, horizon)
+                               for part in tqdm(parts, unit="batch", leave=False, disable=None)])
+
+
+HEAD = """| policy | success in the model | 95 % | in the simulator | 95 % | starts that agree |
+| --- | --- | --- | --- | --- | --- |"""
+
+
+def run(settings: Settings) -> None:
+    """A table of all policies for every world; then how well the worlds order the policies."""
+    if settings.quick:
+        settings.starts = min(settings.starts, 10)
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
+    model = load_world(settings.checkpoint or TINY_WORLD).model
+    policies, verifier = open_policies(settings)
+    starts, true = read_starts(settings, model.config)
+    judgement = Judgement(settings, verifier, starts)
+    agreement = ["| world | Pearson r | MMRV | largest difference (points) |",
+                 "| --- | --- | --- | --- |"]
+    for trial in trials(model, settings):
+        print(f"\n{trial.title}: {len(starts)} starts, {settings.horizon} frames\n\n" + HEAD)
+        rates = {}
+        for name, policy in policies.items():
+            rates[name] = judgement.successes(trial, name, policy)
+            print(say_successes(name, rates[name], true.get(name)), flush=True)
+        if true:
+            agreement.append(compare(trial.title, rates, true, out))
+    if true:
+        print("\n" + "\n".join(agreement))
+        (out / "agreement.md").write_text("\n".join(agreement) + "\n")
+    if settings.judge:
+        write_page(out / "judge.html", judgement.strips)
+        print(f"\nopen {out / 'judge.html'} in a browser, tick, save; then run this again with "
+              "--verdicts verdicts.json in place of --judge")
+    print(f"\nwritten: {out}")
 
 
 def say_successes(name: str, successes: np.ndarray, true: np.ndarray | None) -> str:
     """A row of the table."""
-    n, low_high = len(successes), interval(int(successes.sum()), len(successes))
-    cells = [name, f"{100 * successes.mean():.0f} %", "{:.0f}–{:.0f}".format(
-        *(100 * bound for bound in low_high))]
+    def rate(outcomes: np.ndarray) -> list[str]:
+        low, high = interval(int(outcomes.sum()), len(outcomes))
+        return [f"{100 * outcomes.mean():.0f} %", f"{100 * low:.0f}–{100 * high:.0f}"]
+
+    cells = [name, *rate(successes)]
     if true is not None:
-        bounds = interval(int(true.sum()), n)
-        cells += [f"{100 * true.mean():.0f} %", f"{100 * bounds[0]:.0f}–{100 * bounds[1]:.0f}",
-                  f"{100 * (successes == true).mean():.0f} %"]
+        cells += [*rate(true), f"{100 * (successes == true).mean():.0f} %"]
     return f"| {' | '.join(cells)} |"
 
 
-def run(settings: Settings) -> None:
-    if settings.quick:
-        settings.starts = min(settings.starts, 10)
-    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
-    model = load_world(settings.checkpoint or TINY_WORLD, steps=settings.steps,
-                       eta=settings.eta).model
-    policies, verifier = open_policies(settings)
-    verdicts = json.loads(Path(settings.verdicts).read_text()) if settings.verdicts else None
-    kept = out / "rates.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
-    key = json.dumps([asdict(settings)[name] for name in
-                      ("checkpoint", "starts", "horizon", "steps", "eta", "seed", "verdicts")])
-
-    for guidance in settings.guidance or [None]:
-        def world(guidance: float | None = guidance) -> WorldModel:
-            return WorldModel(model, guidance, steps=settings.steps, eta=settings.eta,
-                              seed=settings.seed)
-
-        sampling = world().sampling
-        starts, true = read_starts(settings, world())
-        worlds = {"Vid2World": (world, False)}
-        if settings.controls:
-            worlds |= {"shuffled actions": (world, True), "nothing moves": (Still, False)}
-        for title, (make, shuffled) in worlds.items():
-            print(f"\n{title}: {len(starts)} starts, {settings.horizon} frames; {sampling}\n\n"
-                  "| policy | success in the model | 95 % | in the simulator | 95 % | starts that "
-                  "agree |\n| --- | --- | --- | --- | --- | --- |")
-            rates = {}
-            for name, policy in policies.items():
-                place = f"{key} {title} {sampling} {name}"
-                if place not in known or settings.judge:
-                    videos = measure(make, policy, starts, shuffled, settings)
-                    strips = {f"{title}/{sampling}/{name}/{i}": video for i, video in
-                              enumerate(videos)}
-                    if settings.judge:
-                        write_page(out / f"{title}_{name}.html".replace(" ", "_"), strips)
-                    known[place] = decide(videos, list(strips), verifier, verdicts)
-                    show_examples(out, f"{title} {name}", videos, known[place])
-                    kept.write_text(json.dumps(known))
-                rates[name] = np.array(known[place], bool)
-                print(say_successes(name, rates[name], true.get(name)), flush=True)
-            compare(rates, true, out, title)
+def file_name(title: str) -> str:
+    """Without spaces and signs."""
+    return "_".join("".join(c if c.isalnum() or c == "." else " " for c in title).split())
 
 
-def decide(videos: np.ndarray, keys: list[str], verifier: Verifier | None,
-           verdicts: dict[str, bool] | None) -> list[bool]:
-    """Success of every rollout, as a person or the verifier says."""
-    if verdicts is not None:
-        return [bool(verdicts.get(key, False)) for key in keys]
-    if verifier is None:
-        return [False] * len(videos)  # until a person has judged
-    return (verifier.opening(videos[:, -1]) < CLOSED).tolist()
-
-
-def show_examples(out: Path, name: str, videos: np.ndarray, successes: list[bool]) -> None:
-    """A strip of the first success and the first failure."""
+def show_examples(path: Path, videos: np.ndarray, successes: np.ndarray) -> None:
+    """A strip of the first success and of the first failure."""
     shown = {}
-    for what in (True, False):
-        if what in successes:
-            shown["success" if what else "failure"] = videos[successes.index(what)][::4]
-    save_strip(out / f"{name.replace(' ', '_')}.png", shown, columns=11)
+    for label, those in (("success", successes), ("failure", ~successes)):
+        if those.any():
+            shown[label] = videos[those.argmax()][::4]
+    save_strip(path.with_name(path.name + ".png"), shown, columns=11)
 
 
-def compare(rates: dict[str, np.ndarray], true: dict[str, np.ndarray], out: Path, title: str
-            ) -> None:
-    """Pearson r and MMRV over the policies whose true rates are known, and the plot."""
-    names = [name for name in rates if name in true]
-    if len(names) < 2:
-        return
-    ours, theirs = (np.array([side[name].mean() for name in names]) for side in (rates, true))
-    print(f"\nPearson r {pearson(ours, theirs):.3f}, MMRV {mmrv(theirs, ours):.3f}, largest "
-          f"difference {100 * np.abs(ours - theirs).max():.0f} points")
+def compare(title: str, rates: dict[str, np.ndarray], true: dict[str, np.ndarray], out: Path
+            ) -> str:
+    """A row of Pearson r and MMRV over the policies whose true rates are known, and the plot."""
+    ours, theirs = (np.array([side[name].mean() for name in true]) for side in (rates, true))
     points = {name: (theirs[i], ours[i], *interval(int(rates[name].sum()), len(rates[name])))
-              for i, name in enumerate(names)}
-    save_scatter(out / f"figure4_{title.replace(' ', '_')}.png", points,
-                 "success in the simulator", "success in the model")
+              for i, name in enumerate(true)}
+    save_scatter(out / f"figure4_{file_name(title)}.png", points, "success in the simulator",
+                 "success in the model")
+    return (f"| {title} | {pearson(ours, theirs):.3f} | {mmrv(theirs, ours):.3f} | "
+            f"{100 * np.abs(ours - theirs).max():.0f} |")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from causal_attention import attend_past
 from commands import command, option, parse
 from evaluation.plan import print_plan
+from model.device import best_device
 from model.memory import keep_freed_memory
 from model.vid2world import PRESETS, Model
 from sample import WorldModel
@@ -112,7 +113,7 @@ def time_training(unet: UNet, latents: tuple[int, int], batch: int, rounds: int,
 
 
 def measure(settings: "Settings") -> None:
-    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(settings.device or best_device())
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
     keep_freed_memory()
@@ -201,7 +202,7 @@ class Settings:
     rounds: int = option(3, "training steps, of which the fastest counts")
     plan: bool = option(False, "count the memory of sampling and training, without a GPU")
     layers: bool = option(False, "time two layers against the plain way, and nothing else")
-    device: str | None = option(None, "cpu, cuda, …; if left out, CUDA where there is one")
+    device: str | None = option(None, "cpu, cuda, …; if left out, the best there is")
     out: str = option("rollouts", "folder for the plot")
 
 

@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from model.device import best_device
+
 
 def join_processes() -> tuple[int, int, torch.device]:
     """Rank and number of torchrun's processes (0 of 1 without it), and this one's device."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if cuda:
+    device = torch.device(best_device())
+    if cuda := device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     # the timeout is for the others, while the first trains the autoencoder or draws a strip

@@ -14,24 +14,31 @@ from model.vid2world import Model
 from sample import WorldModel, rollout
 from training.run_folder import Log
 from training.settings import Settings
+from training.sharding import gather
 from viewing.pictures import save_strip
 from viewing.psnr import psnr
 
 
 class Recorder:
-    """Log, validation, checkpoints and strips of a run; `validate` gives the held-out loss."""
+    """Log, validation, checkpoints and strips of a run; `validate` gives the held-out loss.
+
+    A network that is in pieces (training/sharding.py) computes only if all processes do: then each
+    has a recorder, and the first writes.
+    """
 
     def __init__(self, settings: Settings, model: Model, optimizer: torch.optim.Optimizer,
-                 held_out: Episodes, validate: Callable[[], float], start: int):
+                 held_out: Episodes, validate: Callable[[], float], start: int, rank: int = 0):
         self.settings, self.model, self.optimizer = settings, model, optimizer
-        self.held_out, self.validate = held_out, validate
+        self.held_out, self.validate, self.writes = held_out, validate, rank == 0
         self.out, self.start, self.began = Path(settings.out), start, time.monotonic()
         self.damaged: set[str] = set()
-        if not (self.out / "checkpoint.pt").exists():
-            save(self.out / "frozen.pt", {"weights": frozen_weights(model)})
+        if start == 0:
+            frozen = gather(frozen_weights(model))
+            if self.writes:
+                save(self.out / "frozen.pt", {"weights": frozen})
             self.save_checkpoint(0)
             self.save_strip(0)
-        self.log = Log(self.out, start)
+        self.log = Log(self.out, start) if self.writes else None
 
     def record(self, step: int, loss: float, damaged: list[str], last: bool) -> None:
         settings = self.settings
@@ -39,13 +46,14 @@ class Recorder:
         def due(every: int) -> bool:
             return last or step % every == 0
 
-        for message in sorted(set(damaged) - self.damaged):
-            tqdm.write(f"skipped: {message}")
-        self.damaged |= set(damaged)
-        self.log.write(step, loss, self.validate() if due(settings.val_every) else None)
+        held_out = self.validate() if due(settings.val_every) else None
+        if self.writes:
+            for message in sorted(set(damaged) - self.damaged):
+                tqdm.write(f"skipped: {message}")
+            self.damaged |= set(damaged)
+            self.log.write(step, loss, held_out)
         if due(settings.save_every):
             self.save_checkpoint(step)
-            self.log.plot()
         if due(settings.sample_every):
             self.save_strip(step)
         if step == self.start + 1:
@@ -55,20 +63,25 @@ class Recorder:
 
     def announce_end(self, step: int, seconds: float) -> None:
         left = (self.settings.steps - step) * seconds / 60
-        if left > 1:
+        if self.writes and left > 1:
             tqdm.write(f"{seconds:.2f} s a step: about {left:.0f} minutes to go, strips not "
                        f"counted; --steps {self.settings.steps // 4} takes a quarter of the time "
                        "(Ctrl-C saves, --resume goes on)")
 
     def save_checkpoint(self, step: int) -> None:
         settings, model = self.settings, self.model
+        weights, state = gather(trained_weights(model)), gather(self.optimizer.state_dict())
+        if not self.writes:
+            return
         root = settings.root and str(Path(settings.root).resolve())
         save(self.out / "checkpoint.pt", {
             "config": asdict(model.config), "sampling": model.sampling,
-            "weights": trained_weights(model), "frozen": "frozen.pt",
+            "weights": weights, "frozen": "frozen.pt",
             "data": {"name": settings.data, "root": root, "fps": settings.fps,
                      "names": self.held_out.dataset.names},
-            "optimizer": self.optimizer.state_dict(), "step": step})
+            "optimizer": state, "step": step})
+        if step > 0:
+            self.log.plot()
 
     def save_strip(self, step: int) -> None:
         """Roll out the start of a held-out episode, and put the frames under the true ones."""
@@ -79,17 +92,23 @@ class Recorder:
             frames, actions = episode.read(0, self.settings.frames)
         except DataError as error:  # one damaged episode does not end a run
             return tqdm.write(f"no strip: {error}")
-        imagined = rollout(WorldModel(self.model), frames, actions[:-1])
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.settings.bf16):
+            imagined = rollout(WorldModel(self.model), frames, actions[:-1])
         self.model.train()
+        if not self.writes:
+            return
         truth = fit_frames(frames, *self.settings.size, self.model.config.fit)
         path = self.out / f"step_{step:07d}.png"
         rows = {f"truth: {episode.name}": truth, f"imagined after {step} steps": imagined}
         save_strip(path, rows)
         tqdm.write(f"step {step}: rollout at {psnr(imagined, truth)[1:].mean():.2f} dB, {path}")
 
+    def summary(self) -> dict[str, str]:
+        """The latest losses."""
+        return self.log.summary() if self.writes and self.log.rows else {}
+
     def finish(self, stopped: bool) -> None:
-        summary = self.log.summary() if self.log.rows else {}
-        words = [f"{name} {value}" for name, value in summary.items()]
+        words = [f"{name} {value}" for name, value in self.summary().items()]
         words.append(f"{len(self.damaged)} damaged episodes skipped")
         how = "stopped" if stopped else "done"
         print(f"{how} at step {len(self.log.rows)}: {', '.join(words)}")

@@ -29,8 +29,6 @@ class Settings:
     scratch: bool = option(False, "start from random weights, but for the frozen parts of a --base")
     passive: bool = option(False, "pretrain a passive model: bidirectional, no actions, one level")
     transfer: str = option("mixed", "how temporal kernels become causal", choices=TRANSFER_METHODS)
-    norm_scope: str = option("frame", "frames that temporal norms see; clip, the paper's, leaks",
-                             choices=NORM_SCOPES)
     frames: int = option(16, "frames per clip")
     size: list[int] | None = option(None, "pixels; if left out, the model's", type=int, nargs=2,
                                     metavar=("H", "W"))
@@ -39,11 +37,14 @@ class Settings:
     overwrite: bool = option(False, "start anew in a folder that holds a run")
     steps: int = option(100_000, "training steps")
     batch: int = option(8, "clips per process and forward pass")
-    accumulate: int = option(1, "forward passes per step")
     lr: float = option(1e-5, "learning rate")
     cooldown: int = option(0, "steps at the end over which it falls to zero")
     bf16: bool | None = option(None, "compute in bfloat16; if left out, on CUDA", type=bool)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
+    trainable: str = option("all", "what learns of the U-Net: all of it and the resampler, or its "
+                                   "temporal layers, action embedding and output",
+                            choices=("all", "temporal"))
+    shard: bool = option(False, "with torchrun: spread what learns over the processes")
     save_every: int = option(500, "steps between checkpoints")
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames")
     seed: int = option(0, "of everything random")
@@ -52,6 +53,8 @@ class Settings:
                                    nargs="+", action="extend")
     # Settings without an option, for --set.
     preset: str = "512"
+    norm_scope: str = "frame"  # frames that temporal norms see; "clip", the paper's, leaks
+    accumulate: int = 1  # forward passes per step
     warmup: int = 100  # steps over which the learning rate rises
     clip_grad: float = 0.5
     action_dropout: float = 0.2  # chance that a frame's action is hidden
@@ -84,7 +87,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     peek.add_argument("--out", default="runs/default")
     known, _ = peek.parse_known_args(argv)
     if known.resume:
-        names = {each.name for each in fields(Settings)} - {"resume", "overwrite", "set"}
+        anew = {"resume", "overwrite", "set", "shard"}
+        names = {each.name for each in fields(Settings)} - anew
         defaults = {name: value for name, value in read_settings(Path(known.out)).items()
                     if name in names}
     else:
@@ -120,8 +124,10 @@ def complete(settings: Settings) -> None:
             raise RequestError(f"{name} is {getattr(settings, name)}; it must be at least 1")
     if settings.fps is not None and (settings.data != "folder" or not settings.fps > 0):
         raise RequestError(f"fps is {settings.fps:g}; it must be above 0, and is for --data folder")
-    if settings.weighting not in ("velocity", "clean"):
-        raise RequestError(f"weighting is {settings.weighting!r}; it must be velocity or clean")
+    for name, known in (("weighting", ("velocity", "clean")), ("norm_scope", NORM_SCOPES)):
+        if getattr(settings, name) not in known:
+            raise RequestError(f"{name} is {getattr(settings, name)!r}; it must be one of "
+                               f"{', '.join(known)}")
     if settings.workers < 0:
         raise RequestError(f"workers is {settings.workers}; it must be at least 0")
     multiple = smallest_side(preset)

@@ -1,0 +1,25 @@
+"""Where to compute: CUDA, Apple's mps, or the CPU."""
+import os
+from functools import cache
+
+import torch
+
+FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"  # PyTorch reads it when it is imported
+
+
+@cache
+def best_device() -> str:
+    """CUDA where there is one. On a Mac the GPU if operations that it lacks may fall back to the
+    CPU, which only the environment can allow; PyTorch then names each of them once."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        if os.environ.get(FALLBACK) == "1":
+            return "mps"
+        print(f"on the CPU; {FALLBACK}=1 in the environment uses this Mac's GPU")
+    return "cpu"
+
+
+def slow_in_half(device: torch.device) -> bool:
+    """CPUs without AVX-512 compute bfloat16 in software: convolutions take twenty times as long."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"

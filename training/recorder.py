@@ -58,12 +58,12 @@ class Recorder:
             self.save_strip(step)
         if step == self.start + 1:
             self.began = time.monotonic()  # the first step is slower than the others
-        if step == self.start + 11:
+        if step == self.start + 11 and self.writes:
             self.announce_end(step, (time.monotonic() - self.began) / 10)
 
     def announce_end(self, step: int, seconds: float) -> None:
         left = (self.settings.steps - step) * seconds / 60
-        if self.writes and left > 1:
+        if left > 1:
             tqdm.write(f"{seconds:.2f} s a step: about {left:.0f} minutes to go, strips not "
                        f"counted; --steps {self.settings.steps // 4} takes a quarter of the time "
                        "(Ctrl-C saves, --resume goes on)")

@@ -2113,7 +2113,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch():
 
 def test_a_sharded_run_is_that_of_one_process_and_goes_on_with_any_number():
     root, one, other = make_rt1([8] * 6), folder() / "one", folder() / "other"
-    words = ["dropout=0", "--cooldown", 0]
+    words = ["dropout=0", "--cooldown", 0, "--frames", 2]
     assert run_command(train.main, *train_words(root, one, 3, 2, *words))[0] == 0
     in_two_processes(*train_words(root, other, 1, 1, *words), "--shard")
     go_on = ["--resume", "--out", other]

@@ -76,7 +76,7 @@ from training.processes import (
 from training.recorder import Recorder
 from training.run_folder import check_folder, write_settings
 from training.settings import Settings, parse_arguments
-from training.sharding import load_optimizer, shard
+from training.sharding import AdamWInPieces, clip_gradients, shard
 from training.tiny_autoencoder import fit_autoencoder
 from unet import UNet
 
@@ -287,9 +287,10 @@ def train(settings: Settings, method: Method = WORLD) -> int:
     if settings.shard:
         shard(model, settings.bf16)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, fused=device.type != "mps")
+    adamw = AdamWInPieces if settings.shard else torch.optim.AdamW
+    optimizer = adamw(parameters, lr=settings.lr, fused=device.type != "mps")
     if saved:
-        load_optimizer(optimizer, saved["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])
     trainee = method.loss(model, settings.bf16, settings.weighting).train()
     if processes > 1 and not settings.shard:  # which also hands the first's weights to the others
         trainee = DistributedDataParallel(trainee)
@@ -307,7 +308,7 @@ def train(settings: Settings, method: Method = WORLD) -> int:
         optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
         loss, damaged = add_gradients(trainee, model, batches, settings)
         # A rare clip asks for a huge step: its direction is kept, its length is not.
-        nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
+        clip_gradients(parameters, settings.clip_grad)
         optimizer.step()
         optimizer.zero_grad()  # frees the gradients before the next forward pass needs the memory
         # All processes have to leave the loop at the same step, whichever one got the signal.

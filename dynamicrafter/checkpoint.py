@@ -13,6 +13,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+            if path.suffix == ".safetensors" or start[8:9] == b"{":
+                return {"state_dict": read_safetensors(path, file)}
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint at {path}") from None
     except IsADirectoryError:
@@ -41,8 +44,6 @@ def read_checkpoint(path: str | Path) -> dict:
             f"{path} is a folder without a checkpoint.pt; name a checkpoint file") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return {"state_dict": read_safetensors(path)}
     if start[:2] != b"PK":
         raise CheckpointError(explain_other_format(path, start))
     check_archive(path)
@@ -126,18 +127,18 @@ SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.fl
                      "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, left on disk.
+def read_safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file that is open, left on disk.
 
     The format is 8 bytes with the length of the header, the header (JSON), the data. It has no
     checksums, so only the header can be checked. Raises CheckpointError for a damaged file.
     """
     try:
-        with open(path, "rb") as file:
-            length, = struct.unpack("<Q", file.read(8))
-            if length > min(path.stat().st_size - 8, 100 * 2**20):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+        file.seek(0)
+        length, = struct.unpack("<Q", file.read(8))
+        if length > min(path.stat().st_size - 8, 100 * 2**20):
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(length))
         data = torch.from_file(str(path), shared=False, size=path.stat().st_size,
                                dtype=torch.uint8)[8 + length :]
         tensors, end_of_data = {}, 0

@@ -114,7 +114,7 @@ def load_and_imagine(path: Path) -> None:
         model = from_dynamicrafter(path, replace(FULL, unet=CAUSAL)).eval()
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 1e9
     took = time.perf_counter() - begun
-    print(f"loading: {took:.0f} s, opened {len(opened)} times, {weights:.1f} GB of weights, "
+    print(f"loading: {took:.0f} s, opened {len(opened)} time(s), {weights:.1f} GB of weights, "
           f"{watch.peak:.1f} GB at the most", flush=True)
     frame = np.random.default_rng(0).integers(0, 256, (1, *FULL.size, 3), dtype=np.uint8)
     imagined = {}

@@ -70,7 +70,7 @@ class Recorder:
 
     def save_checkpoint(self, step: int) -> None:
         settings, model = self.settings, self.model
-        weights, state = gather(trained_weights(model)), gather(self.optimizer.state_dict())
+        weights, state = gather(trained_weights(model)), self.optimizer.state_dict()
         if not self.writes:
             return
         root = settings.root and str(Path(settings.root).resolve())

@@ -77,25 +77,67 @@ def gather(state: object) -> object:
     the first has the result."""
     if isinstance(state, dict):
         return {name: gather(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [gather(value) for value in state]
     if fully_shard is not None and isinstance(state, DTensor):
         whole = state.full_tensor()
         return whole.cpu() if dist.get_rank() == 0 else None
     return state
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """`optimizer.load_state_dict` of a whole state, cut as the parameters are."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+class AdamWInPieces(torch.optim.AdamW):
+    """AdamW on this process's pieces; what it saves and loads is whole.
 
-    def cut(value: object, parameter: nn.Parameter) -> object:
-        sharded = fully_shard is not None and isinstance(parameter, DTensor)
-        if not sharded or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    AdamW treats every number by itself, so the pieces can be plain tensors. PyTorch would plan one
+    operation over all distributed parameters, in a time that grows with the square of their number.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], **options):
+        self.whole = parameters
+        self.pieces = [nn.Parameter(parameter.detach().to_local()) for parameter in parameters]
+        super().__init__(self.pieces, **options)
+
+    def step(self) -> None:
+        for parameter, piece in zip(self.whole, self.pieces, strict=True):
+            piece.grad = None if parameter.grad is None else parameter.grad.to_local()
+        super().step()
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        for parameter in self.whole:
+            parameter.grad = None
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        return state | {"state": {number: {name: gather(self.place(number, value))
+                                           for name, value in moments.items()}
+                                  for number, moments in state["state"].items()}}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state | {"state": {
+            number: {name: self.cut(number, value) for name, value in moments.items()}
+            for number, moments in state["state"].items()}})
+
+    def place(self, number: int, value: Tensor) -> Tensor:
+        """A moment's piece, put where the parameter's piece is; a count of steps stays."""
+        whole = self.whole[number]
+        if value.shape != self.pieces[number].shape:
             return value
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh,
-                                 parameter.placements)
+        return DTensor.from_local(value, whole.device_mesh, whole.placements, shape=whole.shape,
+                                  stride=whole.stride())
 
-    cut_state = {number: {name: cut(value, parameters[number]) for name, value in moments.items()}
-                 for number, moments in state["state"].items()}
-    optimizer.load_state_dict(state | {"state": cut_state})
+    def cut(self, number: int, value: Tensor) -> Tensor:
+        whole = self.whole[number]
+        if value.shape != whole.shape:
+            return value
+        value = value.to(whole.device)
+        return distribute_tensor(value, whole.device_mesh, whole.placements).to_local()
+
+
+def clip_gradients(parameters: list[nn.Parameter], longest: float) -> None:
+    """Keep the direction of the gradient and limit its length, that of all pieces together."""
+    if fully_shard is None or not isinstance(parameters[0], DTensor):
+        nn.utils.clip_grad_norm_(parameters, longest)
+        return
+    pieces = [parameter.grad.to_local() for parameter in parameters if parameter.grad is not None]
+    length = torch.stack(torch._foreach_norm(pieces)).square().sum()
+    dist.all_reduce(length)
+    torch._foreach_mul_(pieces, (longest / (length.sqrt() + 1e-6)).clamp(max=1))

@@ -258,12 +258,12 @@ def open_policies(settings: Settings) -> tuple[dict[str, Policy], Verifier | Non
 
 
 # Settings, beside the world and the policy, that rollouts depend on.
-DECISIVE = ("checkpoint", "policy", "data", "root", "starts", "horizon", "seed", "batch")
+DECISIVE = ("checkpoint", "policy", "data", "root", "horizon", "seed")
 
 
 class Judgement:
-    """Which rollouts succeed, as a person says or the verifier. What was said is kept in a file, so
-    that an interrupted run goes on."""
+    """Which rollouts succeed, as a person says or the verifier. What was said is kept in a file,
+    batch by batch, so that an interrupted run goes on."""
 
     def __init__(self, settings: Settings, verifier: Verifier | None, starts: np.ndarray):
         self.settings, self.verifier, self.starts = settings, verifier, starts
@@ -278,26 +278,36 @@ class Judgement:
         keys = [f"{trial.title}/{name}/{i}" for i in range(len(self.starts))]
         if self.verdicts:
             return np.array([self.verdicts.get(key, False) for key in keys], bool)
-        place = json.dumps([trial.title, name, {key: value for key, value in asdict(
-            self.settings).items() if key in DECISIVE}])
+        succeeded, size = [], self.settings.batch
+        for first in tqdm(range(0, len(keys), size), unit="batch", leave=False, disable=None):
+            succeeded += self.judge(trial, name, policy, first, keys[first : first + size])
+        return np.array(succeeded)
+
+    def judge(self, trial: Trial, name: str, policy: Policy, first: int, keys: list[str]
+              ) -> list[bool]:
+        """The same, of one batch."""
+        place = json.dumps([trial.title, name, first, len(keys), {
+            key: value for key, value in asdict(self.settings).items() if key in DECISIVE}])
         if place not in self.known or self.settings.judge:
-            videos = self.videos(trial, policy)
+            starts = self.starts[first : first + len(keys)]
+            videos = roll_out(trial.make(), policy, starts, trial.shuffled, self.settings.horizon)
             columns = np.linspace(0, self.settings.horizon, 9).round().astype(int)
             self.strips |= dict(zip(keys, videos[:, columns], strict=True))
-            succeeded = (self.verifier.opening(videos[:, -1]) < CLOSED if self.verifier
-                         else np.zeros(len(videos), bool))  # until a person has judged
+            closed = (self.verifier.opening(videos[:, -1]) < CLOSED if self.verifier
+                      else np.zeros(len(videos), bool))  # until a person has judged
             if self.verifier:
-                show_examples(self.out / file_name(f"{trial.title} {name}"), videos, succeeded)
-            self.known[place] = succeeded.tolist()
+                self.show_examples(trial, name, videos, closed)
+            self.known[place] = closed.tolist()
             self.file.write_text(json.dumps(self.known))
-        return np.array(self.known[place])
+        return self.known[place]
 
-    def videos(self, trial: Trial, policy: Policy) -> np.ndarray:
-        """All frames of all starts, [starts, 1 + horizon, H, W, 3]."""
-        size, horizon = self.settings.batch, self.settings.horizon
-        parts = [self.starts[i : i + size] for i in range(0, len(self.starts), size)]
-        return np.concatenate([roll_out(trial.make(), policy, part, trial.shuffled, horizon)
-                               for part in tqdm(parts, unit="batch", leave=False, disable=None)])
+    def show_examples(self, trial: Trial, name: str, videos: np.ndarray, closed: np.ndarray
+                      ) -> None:
+        """A strip of a success and one of a failure, where there are any."""
+        for label, those in (("success", closed), ("failure", ~closed)):
+            if those.any():
+                path = self.out / f"{file_name(f'{trial.title} {name} {label}')}.png"
+                save_strip(path, {label: videos[those.argmax()][::4]}, columns=11)
 
 
 HEAD = """| policy | success in the model | 95 % | in the simulator | 95 % | starts that agree |
@@ -348,15 +358,6 @@ def say_successes(name: str, successes: np.ndarray, true: np.ndarray | None) -> 
 def file_name(title: str) -> str:
     """Without spaces and signs."""
     return "_".join("".join(c if c.isalnum() or c == "." else " " for c in title).split())
-
-
-def show_examples(path: Path, videos: np.ndarray, successes: np.ndarray) -> None:
-    """A strip of the first success and of the first failure."""
-    shown = {}
-    for label, those in (("success", successes), ("failure", ~successes)):
-        if those.any():
-            shown[label] = videos[those.argmax()][::4]
-    save_strip(path.with_name(path.name + ".png"), shown, columns=11)
 
 
 def compare(title: str, rates: dict[str, np.ndarray], true: dict[str, np.ndarray], out: Path

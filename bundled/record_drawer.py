@@ -4,10 +4,12 @@ RT-1's format.
     pip install metaworld mujoco packaging     (and Debian's libosmesa6, to render off-screen)
     python -m bundled.record_drawer --world drawer --split train --out recorded/drawer
     python -m bundled.record_drawer --world drawer --split val --episodes 32 --out recorded/drawer
+    python -m bundled.record_drawer --world contact --split train --frames 40 --out recorded/contact
     python -m bundled.record_drawer --world others --split train --out recorded/others
 
-`drawer` is for the world model. `others` is for pretraining a passive video model: tasks without a
-drawer, and without actions (zeros are written in their place).
+`drawer` is for the world model, `contact` for one that is to tell a push from a near miss: every
+other episode is of an expert astray. `others` is for pretraining a passive video model: tasks
+without a drawer, and without actions (zeros are written in their place).
 
 One frame spans six steps of the simulator with the action held, so that one sees it move. A world
 model learns what actions do only if they are not habits: a scripted expert always reaches for the
@@ -18,8 +20,10 @@ come from
     random   smooth noise alone
     pause    motion and stillness in turn
     sweep    one direction at a time, at full speed
+    astray   (`contact` alone) the scripted policy, told of a drawer that is somewhere else: it
+             pushes beside the handle, over it, or hits it by chance
 
-and in all but the expert's the gripper opens and closes at random.
+and in all but the experts' the gripper opens and closes at random.
 
 And it learns only what it can see. Meta-World's actions move a point that pulls the hand, and where
 the hand cannot follow, at the drawer or at the end of the arm's reach, that point runs away from
@@ -52,6 +56,7 @@ LOW, HIGH = np.array([-0.4, 0.45, 0.06]), np.array([0.4, 0.9, 0.42])
 LEAD = 0.03  # metres, per axis, that the point which pulls the hand may be ahead of it
 WORLDS = {
     "drawer": ("drawer-close-v3", "drawer-open-v3"),
+    "contact": ("drawer-close-v3",),
     "others": ("button-press-v3", "button-press-topdown-v3", "coffee-button-v3", "coffee-push-v3",
                "dial-turn-v3",
                "door-close-v3", "door-open-v3", "door-lock-v3", "faucet-open-v3", "faucet-close-v3",
@@ -61,6 +66,9 @@ WORLDS = {
                "sweep-into-v3", "window-open-v3"),
 }
 BEHAVIOURS = ("expert", "random", "pause", "sweep")
+CONTACT = ("expert", "astray", "random", "astray", "pause", "astray", "sweep", "astray")
+ASTRAY = np.array([0.1, 0.06, 0.12])  # metres, per axis, that it is wrong by at the most
+DRAWER = slice(4, 7)  # the drawer's place in an observation
 
 
 class Simulator:
@@ -150,7 +158,8 @@ def held(rng: np.random.Generator, frames: int, draw: Callable, shortest: int, l
 
 def plan(behaviour: str, rng: np.random.Generator, frames: int) -> np.ndarray:
     """What the hand means to do, [frames, 4]; the expert's own action comes on top of its noise."""
-    motion = rng.uniform(0.4, 1.0) * smooth_noise(rng, (frames, 3), memory=0.8)
+    strength = rng.uniform(0, 0.4) if behaviour == "astray" else rng.uniform(0.4, 1.0)
+    motion = strength * smooth_noise(rng, (frames, 3), memory=0.8)
     if behaviour == "pause":
         motion *= np.array(held(rng, frames, lambda: rng.integers(2), 2, 6))[:, None]
     if behaviour == "sweep":
@@ -167,10 +176,14 @@ def record(simulator: Simulator, behaviour: str, rng: np.random.Generator, frame
     """One episode: frame t shows the world before action t."""
     simulator.reset(rng)
     rows = {"frames": [], "actions": [], "position": [], "pixel": []}
-    turn = np.ones(3)
-    for action in plan(behaviour, rng, frames):
-        if behaviour == "expert":
-            scripted = simulator.policy.get_action(simulator.observation)
+    turn, wrong = np.ones(3), np.zeros((frames, 3))
+    if behaviour == "astray":
+        wrong = held(rng, frames, lambda: rng.uniform(-ASTRAY, ASTRAY), 8, 20)
+    for action, error in zip(plan(behaviour, rng, frames), wrong, strict=True):
+        if behaviour in ("expert", "astray"):
+            believed = simulator.observation.copy()
+            believed[DRAWER] += error
+            scripted = simulator.policy.get_action(believed)
             action = np.append(action[:3] + scripted[:3], scripted[3])
         else:  # turn back at the borders
             outward = np.where(simulator.hand < LOW, -1, np.where(simulator.hand > HIGH, 1, 0))
@@ -227,9 +240,9 @@ def record_file(args: argparse.Namespace, files: int, number: int) -> int:
             rng = np.random.default_rng([args.seed,
                                          zlib.crc32(f"{args.world} {args.split}".encode()), i])
             task = WORLDS[args.world][i // len(BEHAVIOURS) % len(WORLDS[args.world])]
-            episode = record(simulator_of(task), BEHAVIOURS[i % len(BEHAVIOURS)], rng,
-                             args.frames)
-            payloads.append(encode(episode, with_actions=args.world == "drawer"))
+            behaviours = CONTACT if args.world == "contact" else BEHAVIOURS
+            episode = record(simulator_of(task), behaviours[i % len(behaviours)], rng, args.frames)
+            payloads.append(encode(episode, with_actions=args.world != "others"))
         # of this file alone: others are being written beside it
         unfinished = path.with_name(path.name + ".partial")
         write_records(unfinished, payloads)

@@ -37,7 +37,7 @@ KEYS = Path(__file__).parent.parent / "golden" / "dynamicrafter_512_keys.tsv"
 FULL = PRESETS["512"]
 CAUSAL = replace(FULL.unet, causal=True, norm_scope="frame", action_dim=13)
 # Half as wide, and pictures of a quarter: what trains in the memory of a laptop.
-HALF = replace(FULL, unet=replace(FULL.unet, model_channels=160), size=(160, 256))
+HALF = replace(FULL, unet=replace(FULL.unet, model_channels=160), size=(128, 256))
 
 
 def read_keys() -> dict[str, tuple[int, ...]]:
@@ -152,7 +152,7 @@ def prove(path: Path) -> None:
     compare_with_plan("sampling, whole, float32", FULL, partial(sample_frame, given=1, half=False))
     for checkpointing in (True, False):
         words = "recomputing" if checkpointing else "keeping"
-        compare_with_plan(f"a training step, half as wide, 160×256, float32, {words} activations",
+        compare_with_plan(f"a training step, half as wide, 128×256, float32, {words} activations",
                           HALF, partial(train_step, checkpointing=checkpointing, half=False))
     compare_with_plan("the same, 64×64, bfloat16, recomputing activations",
                       replace(HALF, size=(64, 64)), train_step)

@@ -67,7 +67,7 @@ WORLDS = {
 }
 BEHAVIOURS = ("expert", "random", "pause", "sweep")
 CONTACT = ("expert", "astray", "random", "astray", "pause", "astray", "sweep", "astray")
-ASTRAY = np.array([0.1, 0.06, 0.12])  # metres, per axis, that it is wrong by at the most
+ASTRAY = np.array([0.1, 0.06, 0.12])  # metres, per axis, that the expert is wrong by at the most
 DRAWER = slice(4, 7)  # the drawer's place in an observation
 
 

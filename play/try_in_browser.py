@@ -108,13 +108,18 @@ def walk(page: Page, downloads: Path, screenshot: str | None, gif: str | None) -
     place, seen = dict(canvas.rect), set()
     x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
     page.key("keyDown", "w")
-    while (frame := page.frame()) < 8:
+
+    def turn() -> bool:
+        nonlocal x
         x += 8
         browser.execute_cdp_cmd("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
         seen.add(browser.find_element("id", "action").text)
         time.sleep(0.05)
-        if screenshot and frame == 6:
+        if screenshot and page.frame() == 6:
             browser.save_screenshot(screenshot)
+        return page.frame() >= 8
+
+    page.until(turn, "w and the mouse bring 8 frames")
     page.key("keyUp", "w")
     page.settle()
     if not any("mouse +" in text and "w" in text for text in seen):

@@ -37,7 +37,7 @@ from unet import load_dynamicrafter
 KEYS = Path(__file__).parent.parent / "golden" / "dynamicrafter_512_keys.tsv"
 FULL = PRESETS["512"]
 CAUSAL = replace(FULL.unet, causal=True, norm_scope="frame", action_dim=13)
-# Half as wide, and pictures of a quarter: what trains in the memory of a laptop.
+# Half as wide, and smaller pictures: what trains in the memory of a laptop.
 HALF = replace(FULL, unet=replace(FULL.unet, model_channels=160), size=(128, 256))
 
 
@@ -115,8 +115,8 @@ def load_and_imagine(path: Path) -> None:
         model = from_dynamicrafter(path, replace(FULL, unet=CAUSAL)).eval()
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 1e9
     took = time.perf_counter() - begun
-    print(f"loading: {took:.0f} s, opened {len(opened)} time(s), {weights:.1f} GB of weights, "
-          f"{watch.peak:.1f} GB at the most", flush=True)
+    print(f"loading: {took:.0f} s, {weights:.1f} GB of weights, "
+          f"{watch.peak:.1f} GB at the most; openings of the file: {len(opened)}", flush=True)
     frame = np.random.default_rng(0).integers(0, 256, (1, *FULL.size, 3), dtype=np.uint8)
     imagined = {}
     for streaming in (True, False):

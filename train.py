@@ -318,6 +318,9 @@ def train(settings: Settings, method: Method = WORLD) -> int:
             bar.set_postfix(recorder.summary())
         if stopping:
             break
+    # DistributedDataParallel must not outlive the group of processes: gloo's threads could wait for
+    # Python, and Python for them.
+    del trainee
     leave_processes()
     if rank == 0:
         recorder.finish(stopped=bool(stop))

@@ -401,7 +401,6 @@ def random_frames(episodes: Episodes, size: tuple[int, int], seed: int, batches:
     """Batches of single frames, uint8 [16, H, W, 3]. Raises DataError if nothing can be read."""
     order = [list(range(16 * i, 16 * i + 16)) for i in range(batches)]
     loader = torch.utils.data.DataLoader(Clips(episodes, 1, size, seed), batch_sampler=order,
-                                         collate_fn=collate,
-                                         num_workers=workers)
+                                         collate_fn=collate, num_workers=workers)
     for batch in loader:
         yield require_clips(batch)["frames"][:, 0]

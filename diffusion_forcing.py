@@ -133,8 +133,7 @@ class NoiseSchedule(nn.Module):
         return eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).sqrt()
 
     def ddim_step(self, x: Tensor, v: Tensor, k: Tensor | int, k_next: Tensor | int,
-                  eta: float = 1.0,
-                  noise: Tensor | None = None) -> Tensor:
+                  eta: float = 1.0, noise: Tensor | None = None) -> Tensor:
         """One step of sampling, from level k to k_next (Song et al. 2021, equation 12).
 
         x [B, T, C, h, w] at level k, v the predicted velocity, noise the fresh Gaussian noise

@@ -659,8 +659,7 @@ def test_fresh_noise_keeps_the_variance_of_a_level():
     z, noise, fresh = torch.zeros(1, 1, 100_000), *torch.randn(2, 1, 1, 100_000)
     for eta in (0.0, 0.5, 1.0):
         x = schedule.ddim_step(noise * (1 - schedule.alphas_cumprod[499]).sqrt(),
-                               schedule.velocity(z, 499, noise), 499, 299,
-                               eta, fresh)
+                               schedule.velocity(z, 499, noise), 499, 299, eta, fresh)
         assert abs(x.var().item() / (1 - schedule.alphas_cumprod[299]).item() - 1) < 0.03, eta
 
 
@@ -1737,11 +1736,10 @@ def test_an_interrupted_step_leaves_the_world_as_it_was():
 
 def test_the_cache_of_the_full_network_is_as_large_as_stated():
     with torch.device("meta"):
-        network, cache = UNet(replace(UNetConfig(), causal=True,
-                                      norm_scope="frame")), Cache(capacity=16)
+        network = UNet(replace(UNetConfig(), causal=True, norm_scope="frame"))
+        cache = Cache(capacity=16)
         network(torch.empty(1, 8, 8, 40, 64), torch.empty(1, 8), torch.empty(1, 77, 1024),
-                torch.empty(1, 8, 16, 1024),
-                cache=cache)
+                torch.empty(1, 8, 16, 1024), cache=cache)
     assert round(cache.nbytes / 2 / 1e9, 2) == 1.34  # in bfloat16, half of what float32 takes
 
 
@@ -2642,6 +2640,17 @@ def test_baselines_start_exactly_as_the_base_and_follow_actions_once_they_have_l
         clips.imagine_clips(base, frames, refused_frames)
 
 
+def test_the_classifiers_accuracy_is_the_share_of_right_bins():
+    model = clip_baselines()[3]["classifier"][1]
+    clip, actions = (torch.rand(1, 5, 64, 80, 3) * 255).byte().numpy(), np.zeros((1, 5, 13))
+    actions[0, :, 0], actions[0, 2:, 1] = 0.5, -0.5
+    head = model.unet.classifier.head
+    nn.init.zeros_(head.weight)
+    head.bias.data[: len(head.bias) // 2] = torch.tensor([0.0, 1, 0]).repeat(13)  # "about zero"
+    right = baselines.named_right(model, clip, actions, 500)
+    assert right.shape == (1, 4, 13) and right.mean(axis=(0, 1))[:3].tolist() == [0, 0.5, 1]
+
+
 def test_gradients_reach_what_a_baseline_trains_and_nothing_else():
     _, _, base, built = clip_baselines()
     episodes = open_episodes("rt1", SAMPLES, "train")
@@ -2846,6 +2855,7 @@ def test_the_ways_to_steer_are_compared():
     finally:
         baselines.train_reader = controllability_steps
     assert code == 0 and before == baselines.METHODS, printed
+    assert "| accuracy |" in printed and re.search(r"told so in \d+ % of 2 pairs", printed), printed
     rows = [line for line in printed.splitlines() if re.match(r"\| [a-zV]", line)]
     assert len(rows) == 4 and again.endswith(printed[printed.rindex("| base"):]), printed
     refused(baselines.main, "--rows", "magic", saying="there is no row 'magic'")

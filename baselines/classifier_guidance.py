@@ -9,9 +9,10 @@ corrects the noise that the frozen base predicts:
     ε' = ε - √(1 - ᾱ) w ∇ log p(actions | x)
     v' = v - w √((1 - ᾱ) / ᾱ) ∇ log p(actions | x)        the same, as a velocity
 
-The classifier is a copy of the base's encoder and middle with a linear head. Each number of an
-action falls into one of three bins: about zero, below and above. At the highest level the clip is
-noise, ᾱ is zero, and nothing is corrected.
+The classifier is a copy of the base's encoder and middle. Its head is linear, and weighs the places
+of the picture by where it sees something, since a gripper is small. Each number of an action falls
+into one of three bins: about zero, below and above. At the highest level the clip is noise, ᾱ is
+zero, and nothing is corrected.
 """
 import copy
 import sys
@@ -21,7 +22,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from action_guidance import align_actions
 from baselines.clips import Velocity, adopt, base_of, train_baseline
 from data import DataSet
 from model.vid2world import Model, ModelConfig, to_pixels
@@ -41,15 +41,21 @@ class Classifier(nn.Module):
         for name in ("input_blocks", "init_attn", "middle_block"):
             setattr(self, name, copy.deepcopy(getattr(base, name)))
         width = base.config.channel_mult[-1] * base.config.model_channels
-        self.head = nn.Linear(width, BINS * action_dim)
+        self.head = nn.Conv2d(width, 2 * BINS * action_dim, 1)  # seen where, and its weight
 
     def forward(self, base: UNet, x: Tensor, k: Tensor, context: dict) -> Tensor:
         """x [B, T, in, H, W], k [B, T] -> log-probabilities [B, T, A, BINS]. The frozen base embeds
         noise level and frame rate."""
         conditions = Conditions(base.embed(k, None, None, None), context, None)
         h, _ = base.encode(self, x.flatten(0, 1), conditions)
-        logits = self.head(h.mean((2, 3))).unflatten(0, x.shape[:2]).unflatten(2, (-1, BINS))
-        return logits.log_softmax(dim=-1)
+        seen, weight = self.head(h).flatten(2).chunk(2, dim=1)  # [B·T, A·BINS, h·w]
+        logits = (seen * weight.softmax(dim=-1)).sum(dim=-1)
+        return logits.unflatten(0, x.shape[:2]).unflatten(2, (-1, BINS)).log_softmax(dim=-1)
+
+
+def bins_of(actions: Tensor) -> Tensor:
+    """[B, T - 1, A] of actions [B, T, A]; the last leads beyond the clip."""
+    return torch.bucketize(actions[:, :-1].contiguous(), torch.tensor(EDGES, device=actions.device))
 
 
 class ClassifiedModel(Model):
@@ -60,15 +66,17 @@ class ClassifiedModel(Model):
         self.unet = UNet(replace(config.unet, action_dim=None))
         self.unet.classifier = Classifier(self.unet, config.unet.action_dim)
 
+    def log_probabilities(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict) -> Tensor:
+        """[B, T - 1, A, BINS] of the actions' bins; of the first frame, which is given, nothing is
+        asked."""
+        seen = torch.cat([x, anchor.expand_as(x)], dim=2)
+        return self.unet.classifier(self.unet, seen, k, context)[:, 1:]
+
     def log_likelihood(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, actions: Tensor
                        ) -> Tensor:
-        """[B, T, A] of the actions [B, T, A] taken at the frames; of the first nothing is asked."""
-        led_to = align_actions(actions)
-        seen = torch.cat([x, anchor.expand_as(x)], dim=2)
-        log_p = self.unet.classifier(self.unet, seen, k, context)
-        edges = torch.tensor(EDGES, device=x.device)
-        bins = torch.bucketize(led_to.contiguous(), edges)
-        return log_p.gather(-1, bins[..., None])[..., 0][:, 1:]
+        """[B, T - 1, A] of the actions [B, T, A] taken at the frames."""
+        log_p = self.log_probabilities(x, k, anchor, context)
+        return log_p.gather(-1, bins_of(actions)[..., None])[..., 0]
 
     def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, *others) -> Tensor:
         return super().denoise(x, k, anchor, context)  # the base knows no actions

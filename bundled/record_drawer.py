@@ -84,8 +84,7 @@ class Simulator:
             raise SystemExit(f"recording needs the simulator ({error}): pip install metaworld "
                              "mujoco packaging") from None
         self.env = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA,
-                                             width=2 * WIDTH,
-                                             height=2 * HEIGHT)
+                                             width=2 * WIDTH, height=2 * HEIGHT)
         # a new layout at every reset
         self.env._freeze_rand_vec, self.env._set_task_called = False, True
         self.env.max_path_length = 10**9

@@ -57,8 +57,7 @@ class Settings:
     root: str | None = option(None, "its folder; if left out, datasets/ or else the bundled "
                                     "episodes")
     variants: list[str] = option(None, f"which: {', '.join(VARIANTS)}; if left out, all", nargs="+",
-                                 metavar="NAME",
-                                 type=str)
+                                 metavar="NAME", type=str)
     seeds: int = option(3, "runs of every variant")
     steps: int = option(80, "of post-training")
     cooldown: int = option(40, "as in train.py")
@@ -93,11 +92,9 @@ def post_train(run: Path, changes: dict, seed: int, settings: Settings,
         data=settings.data, root=settings.root, base=settings.base,
         preset=preset_of(settings.base), out=str(run),
         resume=(run / "checkpoint.pt").exists(), overwrite=True, steps=settings.steps,
-        batch=settings.batch,
-        frames=settings.frames, warmup=min(50, settings.steps // 4), cooldown=settings.cooldown,
-        val_every=every,
-        val_clips=settings.val_clips, save_every=every, sample_every=10**9, dropout=0.0,
-        augment=False, seed=seed,
+        batch=settings.batch, frames=settings.frames, warmup=min(50, settings.steps // 4),
+        cooldown=settings.cooldown, val_every=every, val_clips=settings.val_clips,
+        save_every=every, sample_every=10**9, dropout=0.0, augment=False, seed=seed,
         workers=settings.workers, bf16=settings.bf16, lr=training.LAPTOP["lr"])
     chosen = replace(chosen, **changes)
     training.complete(chosen)
@@ -143,16 +140,15 @@ def run(settings: Settings) -> None:
                for variant in settings.variants}
     lines = ["| variant | held-out loss | difference | rollout PSNR (dB) | difference |",
              "| --- | --- | --- | --- | --- |"]
-    losses = {variant: [list(run["loss"].values())[-1] for run in runs] for variant,
-              runs in results.items()}
+    losses = {variant: [list(run["loss"].values())[-1] for run in runs]
+              for variant, runs in results.items()}
     scores = {variant: [run["psnr"] for run in runs] for variant, runs in results.items()}
     lines += [f"| {variant} | {compare(losses, variant, 4)} | {compare(scores, variant, 2)} |"
               for variant in results]
     lines.append(f"\nmean ± standard deviation of {settings.seeds} seeds, differences from the "
                  "baseline seed by seed; "
                  f"{settings.steps} steps of {settings.batch} clips of {settings.frames} frames; "
-                 f"{settings.episodes} "
-                 f"episodes rolled out, guidance {settings.guidance:g}")
+                 f"{settings.episodes} episodes rolled out, guidance {settings.guidance:g}")
     print("\n" + "\n".join(lines))
     (out / "ablations.md").write_text("\n".join(lines) + "\n")
     save_curves(out / "ablations.png", {

@@ -31,11 +31,17 @@ from commands import command, option, parse
 from data import Episodes, open_episodes
 from errors import RequestError
 from evaluation.ablations import post_train
-from evaluation.controllability import PIXEL, GripperReader, recorded, train_reader
+from evaluation.controllability import (
+    PIXEL,
+    GripperReader,
+    directions,
+    recorded,
+    train_reader,
+)
 from evaluation.evaluate import imagine, read_batches
 from evaluation.metrics import ssim
 from model.saving import TINY_BASE, load_model, preset_of
-from model.vid2world import PRESETS
+from model.vid2world import PRESETS, to_pixels
 from sample import load_world
 from training.settings import Settings as TrainSettings
 from viewing.psnr import psnr
@@ -58,6 +64,7 @@ PUBLISHED = {  # the paper's Table 1, RT-1: FVD, FID, SSIM, LPIPS, PSNR
     "language-conditioned": "33.7 / 3.51 / .812 / .177 / 22.1",
     "Vid2World-NAR": "18.7 / 5.87 / .856 / .140 / 25.8",
     "Vid2World": "18.5 / 5.81 / .842 / .152 / 24.6"}
+LEVELS = (0, 100, 250, 500, 750, 999)  # at which the classifier is asked
 
 
 @dataclass
@@ -144,10 +151,70 @@ def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader:
     return json.loads(result.read_text())
 
 
+@torch.no_grad()
+def named_right(model: classifier_guidance.ClassifiedModel, frames: np.ndarray,
+                actions: np.ndarray, k: int) -> np.ndarray:
+    """Where the classifier names the right bin at noise level k: bool [B, T - 1, A] for clips
+    [B, T, H, W, 3] and the actions [B, T, A] taken at their frames."""
+    pixels = to_pixels(torch.from_numpy(frames)).to(model.device)
+    latents = model.encode(pixels)
+    context = model.context(model.image_tokens(pixels[:, 0]), frames.shape[1])
+    levels = torch.full(latents.shape[:2], k, device=model.device)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(k))
+    x = model.schedule.add_noise(latents, levels, noise.to(latents))
+    log_p = model.log_probabilities(x, levels, latents[:, :1], context)
+    true = classifier_guidance.bins_of(
+        model.standardise(torch.from_numpy(actions).float().to(model.device)))
+    return (log_p.argmax(-1) == true).cpu().numpy()
+
+
+def classifier_lines(settings: Settings, held_out: Episodes) -> list[str]:
+    """How often the classifiers name the right bin of a number that varies, by noise level."""
+    name, method, _ = METHODS["classifier guidance"]
+    models = [load_model(Path(settings.out) / f"{name}_{seed}", kind=method.kind).eval()
+              for seed in range(settings.seeds)]
+    batches = list(read_batches(held_out, settings.frames, 8, PRESETS[preset_of(settings.base)]))
+    taken = torch.from_numpy(np.concatenate([actions for _, actions in batches]))
+    bins = classifier_guidance.bins_of(taken).flatten(0, 1)  # [N, A]
+    varies = (bins != bins[0]).any(dim=0).numpy()
+    commonest = np.mean([np.bincount(column).max() / len(column)
+                         for column in bins.numpy().T[varies]])
+    cells = []
+    for k in LEVELS:
+        right = [named_right(model, frames, actions, k)[..., varies]
+                 for model in models for frames, actions in batches]
+        cells.append(f"{100 * np.concatenate(right).mean():.0f}")
+    return [f"The classifier's accuracy (%), of the {varies.sum()} numbers that vary; always the "
+            f"commonest bin: {100 * commonest:.0f}", "",
+            f"| noise level | {' | '.join(map(str, LEVELS))} |", f"|{' --- |' * (1 + len(LEVELS))}",
+            f"| accuracy | {' | '.join(cells)} |"]
+
+
+def language_line(settings: Settings, held_out: Episodes, reader: GripperReader,
+                  axes: np.ndarray) -> str:
+    """Does the arm go right when told "right", and left when told "left"? axes from `directions`"""
+    frames = np.concatenate([frames for frames, _ in read_batches(
+        held_out, 1, 8, PRESETS[preset_of(settings.base)])])
+    apart = []
+    for seed in range(settings.seeds):
+        make = imaginer("language-conditioned", Path(settings.out) / f"language_{seed}", seed,
+                        settings, held_out)
+        ends = []
+        for word in ("left", "right"):
+            caption = np.tile(language_finetuning.word_numbers([word]),
+                              (len(frames), settings.frames - 1, 1))
+            ends.append(reader.read(make(frames, caption, caption)[:, -1]) @ axes[:, 0])
+        apart.append(ends[1] - ends[0])
+    return ('Told "right" and told "left", from the same frame, the language-conditioned arm ends '
+            f"further right when told so in {100 * np.mean(np.array(apart) > 0):.0f} % of "
+            f"{np.size(apart)} pairs")
+
+
 def run(settings: Settings) -> None:
     held_out = open_episodes(settings.data, settings.root, "val", settings.frames)
     held_out = held_out.where(np.arange(min(settings.episodes, len(held_out))))
-    reader = train_reader(open_episodes(settings.data, settings.root, "train"))
+    training = open_episodes(settings.data, settings.root, "train")
+    reader = train_reader(training)
     frames, places = recorded(held_out)
     with torch.no_grad():
         own = (reader(frames) - places).norm(dim=1).mean().item()
@@ -166,6 +233,10 @@ def run(settings: Settings) -> None:
         lines.append(f"| {row} | {' | '.join(cells)} | {ratio:.1f} | {PUBLISHED.get(row, '')} |")
     lines += ["", "The published figures are of RT-1 at full size, 1024 episodes, 50 steps with "
               "guidance; their baselines' FID was measured with an Inception that still learned."]
+    if "classifier guidance" in settings.rows:
+        lines += ["", *classifier_lines(settings, held_out)]
+    if "language-conditioned" in settings.rows:
+        lines += ["", language_line(settings, held_out, reader, directions(training))]
     print("\n" + "\n".join(lines))
     (Path(settings.out) / "baselines.md").write_text("\n".join(lines) + "\n")
 

@@ -111,19 +111,18 @@ def directions(episodes: Episodes) -> np.ndarray:
 
 
 def central_frames(episodes: Episodes) -> np.ndarray:
-    """From each episode the frame whose gripper has most room on all sides."""
+    """From each of N episodes the frame whose gripper has most room on all sides,
+    [N, 1, H, W, 3]."""
     positions = [episodes[i].feature(POSITION) for i in range(len(episodes))]
     everywhere = np.concatenate(positions)
-    middle, reach = (everywhere.max(0) + everywhere.min(0)) / 2, everywhere.max(
-        0) - everywhere.min(0)
-    nearest = [np.abs((rows - middle) / reach).max(axis=1).argmin() for rows in positions]
-    # [N, 1, H, W, 3]
+    low, high = everywhere.min(axis=0), everywhere.max(axis=0)
+    nearest = [np.abs((rows - (low + high) / 2) / (high - low)).max(axis=1).argmin()
+               for rows in positions]
     return np.stack([episodes[i].read(t, t + 1)[0] for i, t in enumerate(nearest)])
 
 
 def follow(world: WorldModel, reader: GripperReader, clips: np.ndarray, actions: np.ndarray,
-           truth: np.ndarray,
-           batch: int) -> tuple[float, float]:
+           truth: np.ndarray, batch: int) -> tuple[float, float]:
     """Roll all episodes out under these actions: distance in pixels of the imagined gripper from
     its true place at the last frame, and PSNR of all imagined frames, both means over episodes.
 

@@ -295,8 +295,7 @@ def run(settings: Settings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f"partial_{rank}_of_{processes}.pt"
     tally = evaluate(world, episodes, settings.frames, settings.context, settings.batch,
-                     settings.nar, networks,
-                     partial, asdict(settings), rank, processes)
+                     settings.nar, networks, partial, asdict(settings), rank, processes)
     if processes > 1:
         tallies: list = [None] * processes
         dist.all_gather_object(tallies, tally.state())

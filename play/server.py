@@ -66,8 +66,8 @@ def check_keys(content: dict, dataset: DataSet) -> list[str]:
 def check_mouse(content: dict, dataset: DataSet) -> list[float]:
     """Counts sideways and down."""
     motion = content.get("mouse", [0, 0])
-    if not isinstance(motion, list) or len(motion) != 2 or not all(
-            type(count) in (int, float) and abs(count) <= 10_000 for count in motion):
+    two = isinstance(motion, list) and len(motion) == 2
+    if not two or any(type(count) not in (int, float) or abs(count) > 10_000 for count in motion):
         raise BadRequest(400, "mouse must be two counts of at most 10000")
     return motion if dataset.mouse else [0, 0]
 

@@ -106,8 +106,7 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=8123)
     args = parser.parse_args()
     server = subprocess.Popen([sys.executable, "-m", "play", "--port", str(args.port)],
-                              stdout=subprocess.PIPE, text=True,
-                              cwd=REPOSITORY)
+                              stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     try:
         for line in server.stdout:
             if "play at" in line:

@@ -53,7 +53,6 @@ def stop_on_signals() -> list[int]:
 
 def ignore_signals(_: int) -> None:
     """For data workers. Ctrl-C, and a SIGTERM to the process group, reach them as well; only the
-    main process is to
-    act on it, and needs them until its step is done. They end when it does."""
+    main process is to act on it, and needs them until its step is done. They end when it does."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 
 def fit_autoencoder(autoencoder: nn.Module, batches: Iterable[Tensor], steps: int,
-                    bf16: bool = False,
-                    decoder_only: bool = False) -> nn.Module:
+                    bf16: bool = False, decoder_only: bool = False) -> nn.Module:
     """Train an autoencoder to repeat frames, for worlds too small for Stable Diffusion's.
 
     batches       of pixels [N, 3, H, W] in [-1, 1]; `steps` of them

@@ -2,7 +2,8 @@
 
 A word is a row of bytes; pairs that occur often were merged, again and again, into longer pieces,
 and what a piece is called is its place in the list of merges. The list is CLIP's own,
-bpe_simple_vocab_16e6.txt.gz (github.com/openai/CLIP).
+bpe_simple_vocab_16e6.txt.gz (github.com/openai/CLIP). The numbers are CLIP's for every caption in
+ASCII; beyond it CLIP also mends quotation marks and ligatures, which is not done here.
 """
 import gzip
 import html

@@ -2001,6 +2001,14 @@ def test_resuming_what_is_no_run_is_refused():
     refused(train.main, "--resume", "--out", other, saying="no run in")
 
 
+def test_signals_are_a_callers_own_again_after_a_run():
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    words = train_words(make_rt1([8] * 6), folder() / "run", 1, 1)
+    assert train.train(train.parse_arguments([str(word) for word in words])) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def test_a_signal_to_the_whole_process_group_saves_the_run():
     out = folder() / "run"
     words = ["--steps", 500, "--save-every", 1000, "--workers", 2, "--scratch", "--frames", 4,

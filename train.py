@@ -300,24 +300,25 @@ def train(settings: Settings, method: Method = WORLD) -> int:
     if settings.bf16:
         halve_frozen(model)
 
-    stop, batches = stop_on_signals(), load_batches(clips, settings, start, rank, processes)
-    bar = tqdm(range(start, settings.steps), "training", settings.steps, initial=start,
-               disable=rank > 0)
-    for step in bar:
-        torch.manual_seed(entropy(settings.seed, step, rank))  # for dropout
-        optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
-        loss, damaged = add_gradients(trainee, model, batches, settings)
-        # A rare clip asks for a huge step: its direction is kept, its length is not.
-        clip_gradients(parameters, settings.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()  # frees the gradients before the next forward pass needs the memory
-        # All processes have to leave the loop at the same step, whichever one got the signal.
-        loss, stopping = across_processes(loss, bool(stop), device)
-        if recorder:
-            recorder.record(step + 1, loss, damaged, stopping or step + 1 == settings.steps)
-            bar.set_postfix(recorder.summary())
-        if stopping:
-            break
+    with stop_on_signals() as stop:
+        batches = load_batches(clips, settings, start, rank, processes)
+        bar = tqdm(range(start, settings.steps), "training", settings.steps, initial=start,
+                   disable=rank > 0)
+        for step in bar:
+            torch.manual_seed(entropy(settings.seed, step, rank))  # for dropout
+            optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
+            loss, damaged = add_gradients(trainee, model, batches, settings)
+            # A rare clip asks for a huge step: its direction is kept, its length is not.
+            clip_gradients(parameters, settings.clip_grad)
+            optimizer.step()
+            optimizer.zero_grad()  # frees the gradients before the next forward pass needs memory
+            # All processes have to leave the loop at the same step, whichever one got the signal.
+            loss, stopping = across_processes(loss, bool(stop), device)
+            if recorder:
+                recorder.record(step + 1, loss, damaged, stopping or step + 1 == settings.steps)
+                bar.set_postfix(recorder.summary())
+            if stopping:
+                break
     # DistributedDataParallel must not outlive the group of processes: gloo's threads could wait for
     # Python, and Python for them.
     del trainee

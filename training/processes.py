@@ -1,6 +1,8 @@
 """A training run among processes: those of torchrun, those that load, those that signal."""
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -37,8 +39,10 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def stop_on_signals() -> list[int]:
-    """A list that Ctrl-C or SIGTERM writes its number into. A second one acts at once."""
+@contextmanager
+def stop_on_signals() -> Iterator[list[int]]:
+    """A list that Ctrl-C or SIGTERM writes its number into, while the block runs. A second one acts
+    at once."""
     stop: list[int] = []
 
     def note(number: int, _) -> None:
@@ -46,9 +50,12 @@ def stop_on_signals() -> list[int]:
         signal.signal(number, signal.SIG_DFL)
         tqdm.write("stopping after this step; once more to stop at once")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return stop
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ignore_signals(_: int) -> None:

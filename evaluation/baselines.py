@@ -3,6 +3,7 @@
 Each starts from the same passive base, is trained by the same loop for the same steps on the same
 clips, and imagines the same held-out episodes from their first frame:
 
+    repeating              for comparison: the first frame, again and again
     base                   the passive model: it cannot know what is done
     classifier guidance    the base, pulled by a classifier of actions (baselines/)
     ControlNet             the base, and a copy of its encoder that knows the actions
@@ -56,7 +57,7 @@ METHODS = {  # row -> what trains it, and with which settings; rows with one nam
     "Vid2World-NAR": ("world", train.WORLD, WORLD),
     "Vid2World": ("world", train.WORLD, WORLD),
 }
-ROWS = ("base", *METHODS)
+ROWS = ("repeating", "base", *METHODS)
 PUBLISHED = {  # the paper's Table 1, RT-1: FVD, FID, SSIM, LPIPS, PSNR
     "classifier guidance": "213.1 / 6.0 / .683 / .250 / 19.8",
     "ControlNet": "27.1 / 3.25 / .836 / .148 / 24.5",
@@ -102,6 +103,8 @@ def complete(settings: Settings) -> None:
 def imaginer(row: str, run: Path, seed: int, settings: Settings, held_out: Episodes
              ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     """(frames, actions, captions) -> imagined clips, of a row that has been trained."""
+    if row == "repeating":
+        return lambda frames, actions, captions: np.repeat(frames[:, :1], settings.frames, axis=1)
     options = {"steps": settings.denoising_steps, "seed": seed}
     if row == "base":
         chosen = TrainSettings(base=settings.base, preset=preset_of(settings.base),

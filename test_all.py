@@ -2694,7 +2694,8 @@ def test_a_saved_baseline_gives_the_same_samples():
                                      "weights": trained_weights(model), "step": 0})
         again = load_model(out, kind=method.kind)
         told = np.ones((1, 3, 4), np.float32) if name == "language" else actions
-        ours, theirs = (clips.imagine_clips(each, frames, told, steps=2)
+        # PyTorch multiplies matrices in another way, and rounds differently, if they may learn.
+        ours, theirs = (clips.imagine_clips(each.requires_grad_(False), frames, told, steps=2)
                         for each in (model, again))
         assert np.array_equal(ours, theirs), name
 

@@ -9,10 +9,10 @@ corrects the noise that the frozen base predicts:
     ε' = ε - √(1 - ᾱ) w ∇ log p(actions | x)
     v' = v - w √((1 - ᾱ) / ᾱ) ∇ log p(actions | x)        the same, as a velocity
 
-The classifier is a copy of the base's encoder and middle. Its head is linear, and weighs the places
-of the picture by where it sees something, since a gripper is small. Each number of an action falls
-into one of three bins: about zero, below and above. At the highest level the clip is noise, ᾱ is
-zero, and nothing is corrected.
+The classifier is a copy of the base's encoder and middle, and a linear head. A gripper is small, so
+the head also says how much each place of the picture counts. Each number of an action falls into
+one of three bins: about zero, below and above. At the highest level the clip is noise, ᾱ is zero,
+and nothing is corrected.
 """
 import copy
 import sys
@@ -41,20 +41,21 @@ class Classifier(nn.Module):
         for name in ("input_blocks", "init_attn", "middle_block"):
             setattr(self, name, copy.deepcopy(getattr(base, name)))
         width = base.config.channel_mult[-1] * base.config.model_channels
-        self.head = nn.Conv2d(width, 2 * BINS * action_dim, 1)  # seen where, and its weight
+        self.head = nn.Conv2d(width, 2 * BINS * action_dim, 1)  # evidence, and its weight
 
     def forward(self, base: UNet, x: Tensor, k: Tensor, context: dict) -> Tensor:
         """x [B, T, in, H, W], k [B, T] -> log-probabilities [B, T, A, BINS]. The frozen base embeds
         noise level and frame rate."""
         conditions = Conditions(base.embed(k, None, None, None), context, None)
         h, _ = base.encode(self, x.flatten(0, 1), conditions)
-        seen, weight = self.head(h).flatten(2).chunk(2, dim=1)  # [B·T, A·BINS, h·w]
-        logits = (seen * weight.softmax(dim=-1)).sum(dim=-1)
+        evidence, weight = self.head(h).flatten(2).chunk(2, dim=1)  # [B·T, A·BINS, h·w]
+        logits = (evidence * weight.softmax(dim=-1)).sum(dim=-1)
         return logits.unflatten(0, x.shape[:2]).unflatten(2, (-1, BINS)).log_softmax(dim=-1)
 
 
 def bins_of(actions: Tensor) -> Tensor:
-    """[B, T - 1, A] of actions [B, T, A]; the last leads beyond the clip."""
+    """The bin of each number of actions [B, T, A], but for the last, which leads beyond the clip:
+    [B, T - 1, A]."""
     return torch.bucketize(actions[:, :-1].contiguous(), torch.tensor(EDGES, device=actions.device))
 
 
@@ -67,8 +68,7 @@ class ClassifiedModel(Model):
         self.unet.classifier = Classifier(self.unet, config.unet.action_dim)
 
     def log_probabilities(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict) -> Tensor:
-        """[B, T - 1, A, BINS] of the actions' bins; of the first frame, which is given, nothing is
-        asked."""
+        """[B, T - 1, A, BINS] of the action that led to each frame but the first."""
         seen = torch.cat([x, anchor.expand_as(x)], dim=2)
         return self.unet.classifier(self.unet, seen, k, context)[:, 1:]
 

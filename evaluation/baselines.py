@@ -13,7 +13,8 @@ clips, and imagines the same held-out episodes from their first frame:
     Vid2World              the world model, frame by frame
 
 PSNR and SSIM; and how far the gripper is from its true place at the last frame, read off the frames
-by a small network (evaluation/controllability.py), beside that network's own error. What is done is
+by a small network (evaluation/controllability.py), beside that network's own error. Then how often
+the classifier is right, by noise level, and whether words tell left from right. What is done is
 kept (--out). Paper: Table 1.
 """
 import json
@@ -195,7 +196,8 @@ def classifier_lines(settings: Settings, held_out: Episodes) -> list[str]:
 
 def language_line(settings: Settings, held_out: Episodes, reader: GripperReader,
                   axes: np.ndarray) -> str:
-    """Does the arm go right when told "right", and left when told "left"? axes from `directions`"""
+    """How often the arm ends further right when told "right" than when told "left"; axes from
+    `directions`."""
     frames = np.concatenate([frames for frames, _ in read_batches(
         held_out, 1, 8, PRESETS[preset_of(settings.base)])])
     apart = []

@@ -2818,6 +2818,20 @@ def test_the_best_device_is_found_and_a_mac_is_told_once():
         assert choose() == "cuda"
 
 
+def test_a_small_network_learns_in_bfloat16_with_attention_written_out():
+    def learn(*choice: bool) -> tuple[Tensor, bool]:
+        """Gradients, and whether the fused kernel made them."""
+        generator = torch.Generator().manual_seed(0)
+        heads = torch.randn(3, 2, 4, 20, 16, generator=generator).bfloat16().requires_grad_()
+        with device.quick_attention(torch.device("cpu"), *choice), torch.profiler.profile() as seen:
+            nn.functional.scaled_dot_product_attention(*heads).square().sum().backward()
+        return heads.grad, any("flash" in event.name for event in seen.events())
+
+    (written_out, fused), (plain, plain_fused) = learn(True, True), learn(True, False)
+    assert plain_fused and not fused and learn(False, True)[1]
+    assert error_of(written_out.float(), plain.float()) < 2e-2
+
+
 class NoDoubles(TorchDispatchMode):
     """Refuses what Apple's GPUs refuse: numbers of 64 bits that are no integers."""
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -54,7 +54,7 @@ from diffusion_forcing import diffusion_forcing_loss, draw_levels
 from dynamicrafter.checkpoint import read_checkpoint
 from dynamicrafter.resampler import Resampler
 from errors import DataError
-from model.device import slow_in_half
+from model.device import quick_attention, slow_in_half
 from model.memory import halve_frozen, keep_freed_memory
 from model.sampling import MEASURED
 from model.saving import (
@@ -300,7 +300,8 @@ def train(settings: Settings, method: Method = WORLD) -> int:
     if settings.bf16:
         halve_frozen(model)
 
-    with stop_on_signals() as stop:
+    quick = quick_attention(device, settings.bf16, model.config.small)
+    with stop_on_signals() as stop, quick:
         batches = load_batches(clips, settings, start, rank, processes)
         bar = tqdm(range(start, settings.steps), "training", settings.steps, initial=start,
                    disable=rank > 0)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from causal_attention import attend_past
 from commands import command, option, parse
 from evaluation.plan import print_plan
-from model.device import best_device
+from model.device import best_device, quick_attention
 from model.memory import keep_freed_memory
 from model.vid2world import PRESETS, Model
 from sample import WorldModel
@@ -169,11 +169,20 @@ def measure(settings: "Settings") -> None:
 
 
 def time_layers(rounds: int = 10) -> None:
-    """Two layers that are written for speed, against the plain way, at the bundled world's size."""
+    """Layers that are written for speed, against the plain way, at the bundled world's size."""
     x = torch.randn(4, 64, 18, 16, 20)  # a training batch, padded with two frames
     conv = nn.Conv3d(64, 64, (3, 1, 1))
     q, k, v = torch.randn(320, 4, 2, 16), torch.randn(320, 4, 14, 16), torch.randn(320, 4, 14, 16)
     sees = torch.ones(2, 14, dtype=torch.bool)  # a streaming pass
+
+    pixels = torch.randn(3, 64, 4, 80, 16, dtype=torch.bfloat16, requires_grad=True)
+
+    def learn() -> None:
+        F.scaled_dot_product_attention(*pixels).sum().backward()
+
+    def learn_quickly() -> None:
+        with quick_attention(torch.device("cpu"), bf16=True, small=True):
+            learn()
 
     def flat() -> None:
         F.conv2d(x.flatten(3), conv.weight[..., 0], conv.bias).sum().backward()
@@ -182,7 +191,9 @@ def time_layers(rounds: int = 10) -> None:
                  flat, lambda: conv(x).sum().backward()),
              "attention of two queries, written out against fused": (
                  lambda: attend_past(q, k, v, sees),
-                 lambda: F.scaled_dot_product_attention(q, k, v, sees))}
+                 lambda: F.scaled_dot_product_attention(q, k, v, sees)),
+             "spatial attention in training in bfloat16, written out against fused": (
+                 learn_quickly, learn)}
     for name, (ours, plain) in cases.items():
         times = [[seconds(torch.device("cpu"), work) for work in (ours, plain)]
                  for _ in range(rounds)]  # in turn
@@ -201,7 +212,7 @@ class Settings:
     batch: int = option(1, "clips per training step; 0 for no training")
     rounds: int = option(3, "training steps, of which the fastest counts")
     plan: bool = option(False, "count the memory of sampling and training, without a GPU")
-    layers: bool = option(False, "time two layers against the plain way, and nothing else")
+    layers: bool = option(False, "time single layers against the plain way, and nothing else")
     device: str | None = option(None, "cpu, cuda, …; if left out, the best there is")
     out: str = option("rollouts", "folder for the plot")
 

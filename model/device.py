@@ -1,8 +1,10 @@
 """Where to compute: CUDA, Apple's mps, or the CPU."""
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"  # PyTorch reads it when it is imported
 
@@ -23,3 +25,11 @@ def best_device() -> str:
 def slow_in_half(device: torch.device) -> bool:
     """CPUs without AVX-512 compute bfloat16 in software: convolutions take twenty times as long."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def quick_attention(device: torch.device, bf16: bool, small: bool) -> AbstractContextManager:
+    """Within it, a small network in bfloat16 on a CPU learns with attention written out: the fused
+    kernel's backward pass takes some ten times as long there (`python -m evaluation.speed
+    --layers`). A large network needs the fused one's memory."""
+    written_out = device.type == "cpu" and bf16 and small
+    return sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext()

@@ -2832,6 +2832,22 @@ def test_a_small_network_learns_in_bfloat16_with_attention_written_out():
     assert error_of(written_out.float(), plain.float()) < 2e-2
 
 
+def test_a_small_networks_new_action_embedding_is_as_loud_as_the_noise_level():
+    torch.manual_seed(0)
+    dataset = DATA_SETS["rt1"]
+    loudness = {}
+    for words in ([], ["--set", "loud_actions=false"], ["--base", str(TINY_WORLD)]):
+        settings = train.parse_arguments(["--data", "rt1", *words])
+        other = replace(dataset, actions=dataset.actions[:1])  # of another width
+        unet = train.build_model(settings, other).unet
+        actions = torch.randn(500, other.action_dim)
+        noise = unet.time_embed(sinusoidal_embedding(torch.arange(0, 1000, 20), 64)).std(dim=0)
+        loudness[words[-1] if words else ""] = (unet.action_emb_proj(actions).std(dim=0).mean()
+                                                / noise.mean()).item()
+    faint = loudness.pop("loud_actions=false")
+    assert faint < 0.2 and all(0.5 < loud < 4 for loud in loudness.values()), (faint, loudness)
+
+
 class NoDoubles(TorchDispatchMode):
     """Refuses what Apple's GPUs refuse: numbers of 64 bits that are no integers."""
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

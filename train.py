@@ -209,6 +209,8 @@ def build_model(settings: Settings, dataset: DataSet) -> Model:
     if not settings.passive:
         unet = replace(unet, causal=True, norm_scope=settings.norm_scope,
                        action_dim=dataset.action_dim)
+    if settings.loud_actions is not None:
+        unet = replace(unet, loud_actions=settings.loud_actions)
     config = replace(config, unet=unet, size=tuple(settings.size), fit=dataset.fit)
     torch.manual_seed(settings.seed)
     if settings.base and not settings.passive and is_world(settings.base):

@@ -78,6 +78,8 @@ class UNetConfig:
     height_causal_out: bool = False  # a quirk of the released checkpoints: see HeightCausalConv2d
     # multi-hot actions enter through a table, as in the released CS:GO checkpoint
     action_table: bool = False
+    # a new action embedding begins with He's weights in place of PyTorch's: see HeLinear
+    loud_actions: bool = False
 
 
 Context = dict[nn.Module, tuple[Tensor, ...]]  # cross-attention -> its keys and values
@@ -197,7 +199,8 @@ class UNet(nn.Module):
                 nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         elif config.action_dim:
             self.action_emb_preprocess = nn.Identity()
-            self.action_emb_proj = action_embedding(config.action_dim, width)
+            self.action_emb_proj = action_embedding(config.action_dim, width,
+                                                    config.loud_actions)
 
         def block(channels_in: int, channels: int, factor: int) -> nn.ModuleList:
             layers = nn.ModuleList([ResBlock(channels_in, channels, config)])
@@ -407,14 +410,15 @@ def new_action_embedding(network: UNet) -> dict[str, Tensor]:
             if name.startswith("action_emb")}
 
 
-def with_actions(network: UNet, action_dim: int) -> UNet:
+def with_actions(network: UNet, action_dim: int, loud: bool) -> UNet:
     """A network of a world model for actions of another width: its action embedding is new."""
     if network.config.action_dim == action_dim:
         return network
     weights = {name: tensor for name, tensor in network.state_dict().items()
                if not name.startswith("action_emb")}
     with torch.device("meta"):
-        other = UNet(replace(network.config, action_dim=action_dim, action_table=False))
+        other = UNet(replace(network.config, action_dim=action_dim, action_table=False,
+                             loud_actions=loud))
     return load_weights(other, weights | new_action_embedding(other), "the world")
 
 

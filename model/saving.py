@@ -93,7 +93,7 @@ def from_world(path: str | Path, config: ModelConfig) -> Model:
     if not model.config.unet.causal:
         raise CheckpointError(f"{path} is a passive run: bundle it first (python -m "
                               "bundled.bundle_checkpoint base)")
-    unet = with_actions(model.unet, config.unet.action_dim)
+    unet = with_actions(model.unet, config.unet.action_dim, config.unet.loud_actions)
     print(f"world from {path}: action embedding {'kept' if unet is model.unet else 'new'}")
     unet.config = replace(unet.config, default_fps=config.unet.default_fps)
     model.unet = unet

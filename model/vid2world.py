@@ -48,7 +48,8 @@ class ModelConfig:
 
 TINY = ModelConfig(  # frames are 16×20 latents of 4 numbers: fine detail, as of a robot's gripper
     unet=UNetConfig(model_channels=64, channel_mult=(1, 1, 2), num_res_blocks=1,
-                    attention_resolutions=(2,), head_channels=16, context_dim=64, dropout=0.0),
+                    attention_resolutions=(2,), head_channels=16, context_dim=64, dropout=0.0,
+                    loud_actions=True),
     autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1,
                                   latent_scale=1.0),
     image_tower=ImageTowerConfig(image_size=64, patch_size=16, width=64, layers=2, heads=2,

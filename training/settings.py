@@ -62,6 +62,8 @@ class Settings:
     dropout: float | None = None  # of every layer that has one; None: the network's own
     # vary colours and place of training clips; None: as the data set has it
     augment: bool | None = None
+    # a new action embedding begins with He's weights in place of PyTorch's; None: as the preset has
+    loud_actions: bool | None = None
     shared_level: bool = False  # one noise level per clip: no diffusion forcing
     # chance that a frame's level is of the lowest tenth: see `draw_levels`
     clear_frames: float = 0.0

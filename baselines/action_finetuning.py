@@ -7,8 +7,6 @@ it lacks is causality, a noise level of its own for every frame, and the droppin
 neither a rollout nor guidance:
 
     embedding of frame t = time(k) + fps + Linear(SiLU(Linear(action that led to t)))
-
-The last layer starts at zero: before its first step the network is the passive one.
 """
 import sys
 from collections.abc import Sequence
@@ -16,9 +14,9 @@ from dataclasses import replace
 
 from torch import nn
 
+from action_guidance import HeLinear
 from baselines.clips import adopt, base_of, train_baseline
 from data import DataSet
-from dynamicrafter.layers import zero_init
 from model.vid2world import Model, ModelConfig
 from train import Method
 from training.settings import Settings
@@ -30,8 +28,9 @@ class ActionModel(Model):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         width, action_dim = config.unet.model_channels, config.unet.action_dim
+        linear = HeLinear if config.unet.loud_actions else nn.Linear
         self.unet.action_emb_proj = nn.Sequential(
-            nn.Linear(action_dim, width), nn.SiLU(), zero_init(nn.Linear(width, 4 * width)))
+            linear(action_dim, width), nn.SiLU(), linear(width, 4 * width))
 
 
 def build(settings: Settings, dataset: DataSet) -> ActionModel:

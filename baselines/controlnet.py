@@ -38,7 +38,8 @@ class Copy(nn.Module):
         for name in ("time_embed", "fps_embedding", "input_blocks", "init_attn", "middle_block"):
             setattr(self, name, copy.deepcopy(getattr(base, name)))
         config = base.config
-        self.action_emb = action_embedding(action_dim, config.model_channels)
+        self.action_emb = action_embedding(action_dim, config.model_channels,
+                                           config.loud_actions)
         widths = [config.model_channels]  # of the skip connections
         for level, multiplier in enumerate(config.channel_mult):
             widths += [multiplier * config.model_channels] * config.num_res_blocks

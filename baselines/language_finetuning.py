@@ -85,8 +85,8 @@ class LanguageModel(Model):
         if config.text_tower:
             self.tower = TextTower(config.text_tower)
         else:
-            self.words = nn.Embedding(len(WORDS), config.unet.context_dim)
-            nn.init.zeros_(self.words.weight)  # as the empty caption is
+            # the empty word stays zero, as the empty caption is
+            self.words = nn.Embedding(len(WORDS), config.unet.context_dim, padding_idx=0)
 
     def read(self, numbers: Tensor) -> Tensor:
         """Numbers of a caption [B, N] -> the tokens that the U-Net reads, [B, N, D]."""

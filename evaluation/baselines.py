@@ -48,7 +48,8 @@ from sample import load_world
 from training.settings import Settings as TrainSettings
 from viewing.psnr import psnr
 
-CLIPS = {"shared_level": True, "action_dropout": 0.0}  # one level a clip, no action hidden
+# one level a clip, and no action hidden
+CLIPS = {"shared_level": True, "action_dropout": 0.0, "weighting": "clean"}
 WORLD = {"clear_frames": 0.6, "weighting": "clean"}  # as the bundled world was trained
 METHODS = {  # row -> what trains it, and with which settings; rows with one name share a run
     "classifier guidance": ("classifier", classifier_guidance.METHOD, CLIPS),
@@ -77,14 +78,14 @@ class Settings:
     rows: list[str] | None = option(None, f"which: {', '.join(ROWS)}; if left out, all", nargs="+",
                                     metavar="NAME", type=str)
     seeds: int = option(3, "runs of every row")
-    steps: int = option(300, "of training")
-    cooldown: int = option(150, "as in train.py")
+    steps: int = option(1000, "of training")
+    cooldown: int = option(500, "as in train.py")
     batch: int = option(4, "clips per step")
-    frames: int = option(16, "frames per clip, in training and of an episode")
+    frames: int = option(6, "frames per clip, in training and of an episode")
     val_clips: int = option(8, "held-out clips in a validation loss")
     workers: int = option(0, "processes that decode frames")
     bf16: bool = option(False, "train in bfloat16")
-    episodes: int = option(16, "held-out episodes to imagine")
+    episodes: int = option(32, "held-out episodes to imagine")
     denoising_steps: int = option(10, "of every sampler")
     weight: float = option(1.0, "of the classifier's gradient")
     quick: bool = option(False, "one seed and 10 steps: minutes, and not to be believed")

@@ -2884,7 +2884,7 @@ def test_a_large_checkpoint_is_written_in_pieces_and_read():
 
 
 def test_the_ways_to_steer_are_compared():
-    words = ["--quick", "--out", folder() / "table", "--frames", 4, "--rows", "base",
+    words = ["--quick", "--out", out := folder() / "table", "--frames", 4, "--rows", "base",
              "classifier guidance", "language-conditioned", "Vid2World-NAR"]
     before, controllability_steps = dict(baselines.METHODS), baselines.train_reader
     baselines.train_reader = partial(controllability_steps, steps=2, size=2)
@@ -2897,6 +2897,7 @@ def test_the_ways_to_steer_are_compared():
     assert "| accuracy |" in printed and re.search(r"told so in \d+ % of 2 pairs", printed), printed
     rows = [line for line in printed.splitlines() if line.count("±") == 3]
     assert len(rows) == 4 and again.endswith(printed[printed.rindex("| base"):]), printed
+    assert Image.open(out / "baselines.png").height == 5 * (128 + 28)  # the truth and four rows
     refused(baselines.main, "--rows", "magic", saying="there is no row 'magic'")
 
 

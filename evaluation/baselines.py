@@ -14,12 +14,12 @@ clips, and imagines the same held-out episodes from their first frame:
 
 PSNR and SSIM; and how far the gripper is from its true place at the last frame, read off the frames
 by a small network (evaluation/controllability.py), beside that network's own error. Then how often
-the classifier is right, by noise level, and whether words tell left from right. What is done is
-kept (--out). Paper: Table 1.
+the classifier is right, by noise level, and whether words tell left from right; and a picture of
+one episode. What is done is kept (--out). Paper: Table 1.
 """
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from model.saving import TINY_BASE, load_model, preset_of
 from model.vid2world import PRESETS, to_pixels
 from sample import load_world
 from training.settings import Settings as TrainSettings
+from viewing.pictures import save_strip
 from viewing.psnr import psnr
 
 # one level a clip, and no action hidden
@@ -102,7 +103,12 @@ def complete(settings: Settings) -> None:
         settings.batch, settings.val_clips, settings.denoising_steps = 1, 1, 2
 
 
-def imaginer(row: str, run: Path, seed: int, settings: Settings, held_out: Episodes
+def run_of(row: str, seed: int, settings: Settings) -> Path:
+    """The run folder of a row that is trained."""
+    return Path(settings.out) / f"{METHODS[row][0]}_{seed}"
+
+
+def imaginer(row: str, seed: int, settings: Settings, held_out: Episodes
              ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     """(frames, actions, captions) -> imagined clips, of a row that has been trained."""
     if row == "repeating":
@@ -114,11 +120,11 @@ def imaginer(row: str, run: Path, seed: int, settings: Settings, held_out: Episo
         model = base_of(chosen, held_out.dataset)
         return lambda frames, actions, captions: imagine_clips(model, frames, actions, **options)
     if row.startswith("Vid2World"):
-        world = load_world(run, guidance=1.0, steps=settings.denoising_steps, eta=0.0, seed=seed)
+        world = load_world(run_of(row, seed, settings), guidance=1.0,
+                           steps=settings.denoising_steps, eta=0.0, seed=seed)
         return lambda frames, actions, captions: imagine(world, frames, actions,
                                                          nar=row.endswith("NAR"))
-    model = load_model(run, kind=METHODS[row][1].kind)
-    steer = None
+    model, steer = load_model(run_of(row, seed, settings), kind=METHODS[row][1].kind), None
     if row == "classifier guidance":
         steer = classifier_guidance.towards_actions(model, settings.weight)
     return lambda frames, actions, captions: imagine_clips(
@@ -132,20 +138,13 @@ def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader:
     result = folder / f"{row.replace(' ', '_')}_{seed}.json"
     if not result.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        run = folder
         if row in METHODS:
-            name, method, changes = METHODS[row]
-            run = folder / f"{name}_{seed}"
-            post_train(run, changes, seed, settings, method)
-        make, scores = imaginer(row, run, seed, settings, held_out), []
-        captioned = language_finetuning.CaptionedEpisodes(held_out)
-        config, T = PRESETS[preset_of(settings.base)], settings.frames
-        batches = zip(*(read_batches(each, T, 8, config) for each in (held_out, captioned)),
-                      strict=True)
-        first = 0
-        for (truth, actions), (_, captions) in batches:
-            imagined = make(truth, actions[:, :-1], captions[:, :-1])
-            places = np.stack([held_out[first + i].feature(PIXEL)[T - 1]
+            _, method, changes = METHODS[row]
+            post_train(run_of(row, seed, settings), changes, seed, settings, method)
+        make, scores, first = imaginer(row, seed, settings, held_out), [], 0
+        for truth, actions, captions in batches_of(held_out, settings):
+            imagined = make(truth, actions, captions)
+            places = np.stack([held_out[first + i].feature(PIXEL)[settings.frames - 1]
                                for i in range(len(truth))])
             off = np.linalg.norm(reader.read(imagined[:, -1]) - places, axis=-1)
             scores.append(np.stack([psnr(imagined, truth)[:, 1:].mean(1),
@@ -154,6 +153,30 @@ def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader:
         means = np.concatenate(scores, axis=1).mean(axis=1)
         result.write_text(json.dumps(dict(zip(("psnr", "ssim", "off"), means, strict=True))))
     return json.loads(result.read_text())
+
+
+def batches_of(held_out: Episodes, settings: Settings
+               ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Eight episodes at a time: frames [B, T, H, W, 3], and the actions [B, T - 1, A] and captions
+    [B, T - 1, N] of the motion."""
+    config = PRESETS[preset_of(settings.base)]
+    captioned = language_finetuning.CaptionedEpisodes(held_out)
+    both = (read_batches(each, settings.frames, 8, config) for each in (held_out, captioned))
+    for (truth, actions), (_, captions) in zip(*both, strict=True):
+        yield truth, actions[:, :-1], captions[:, :-1]
+
+
+def save_example(settings: Settings, held_out: Episodes) -> Path:
+    """Every row's clip of one episode: that in which the gripper ends farthest from its start."""
+    T = settings.frames
+    paths = [held_out[i].feature(PIXEL)[:T] for i in range(len(held_out))]
+    farthest = np.argmax([np.linalg.norm(path[-1] - path[0]) for path in paths])
+    one = held_out.where(np.arange(len(held_out)) == farthest)
+    truth, actions, captions = next(batches_of(one, settings))
+    rows = {"truth": truth[0]} | {
+        row: imaginer(row, 0, settings, one)(truth, actions, captions)[0] for row in settings.rows}
+    save_strip(path := Path(settings.out) / "baselines.png", rows)
+    return path
 
 
 @torch.no_grad()
@@ -175,8 +198,8 @@ def named_right(model: classifier_guidance.ClassifiedModel, frames: np.ndarray,
 
 def classifier_lines(settings: Settings, held_out: Episodes) -> list[str]:
     """How often the classifiers name the right bin of a number that varies, by noise level."""
-    name, method, _ = METHODS["classifier guidance"]
-    models = [load_model(Path(settings.out) / f"{name}_{seed}", kind=method.kind).eval()
+    row = "classifier guidance"
+    models = [load_model(run_of(row, seed, settings), kind=METHODS[row][1].kind).eval()
               for seed in range(settings.seeds)]
     batches = list(read_batches(held_out, settings.frames, 8, PRESETS[preset_of(settings.base)]))
     taken = torch.from_numpy(np.concatenate([actions for _, actions in batches]))
@@ -203,8 +226,7 @@ def language_line(settings: Settings, held_out: Episodes, reader: GripperReader,
         held_out, 1, 8, PRESETS[preset_of(settings.base)])])
     apart = []
     for seed in range(settings.seeds):
-        make = imaginer("language-conditioned", Path(settings.out) / f"language_{seed}", seed,
-                        settings, held_out)
+        make = imaginer("language-conditioned", seed, settings, held_out)
         ends = []
         for word in ("left", "right"):
             caption = np.tile(language_finetuning.word_numbers([word]),
@@ -245,6 +267,7 @@ def run(settings: Settings) -> None:
         lines += ["", language_line(settings, held_out, reader, directions(training))]
     print("\n" + "\n".join(lines))
     (Path(settings.out) / "baselines.md").write_text("\n".join(lines) + "\n")
+    print(f"one episode, as each imagines it: {save_example(settings, held_out)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,10 +9,11 @@ corrects the noise that the frozen base predicts:
     ε' = ε - √(1 - ᾱ) w ∇ log p(actions | x)
     v' = v - w √((1 - ᾱ) / ᾱ) ∇ log p(actions | x)        the same, as a velocity
 
-The classifier is a copy of the base's encoder and middle, and a linear head. A gripper is small, so
-the head also says how much each place of the picture counts. Each number of an action falls into
-one of three bins: about zero, below and above. At the highest level the clip is noise, ᾱ is zero,
-and nothing is corrected.
+The classifier begins as a copy of the base's layers at the highest resolution. What an action does
+is a motion, so its head follows points (Finn et al. 2016, arXiv 1509.06113): where in the picture
+each is, and what is seen there, and how both have changed since the frame before. Each number of an
+action falls into one of three bins: about zero, below and above. At the highest level the clip is
+noise, ᾱ is zero, and nothing is corrected.
 """
 import copy
 import sys
@@ -30,7 +31,7 @@ from training.settings import Settings
 from unet import Conditions, UNet
 
 EDGES = (-0.2, 0.2)  # between the bins, of commands between -1 and 1
-BINS = len(EDGES) + 1
+BINS, POINTS = len(EDGES) + 1, 16
 
 
 class Classifier(nn.Module):
@@ -38,19 +39,26 @@ class Classifier(nn.Module):
 
     def __init__(self, base: UNet, action_dim: int):
         super().__init__()
-        for name in ("input_blocks", "init_attn", "middle_block"):
-            setattr(self, name, copy.deepcopy(getattr(base, name)))
-        width = base.config.channel_mult[-1] * base.config.model_channels
-        self.head = nn.Conv2d(width, 2 * BINS * action_dim, 1)  # evidence, and its weight
+        width, first = base.config.model_channels, 1 + base.config.num_res_blocks
+        self.input_blocks = copy.deepcopy(base.input_blocks[:first])
+        self.init_attn, self.middle_block = copy.deepcopy(base.init_attn), nn.ModuleList()
+        self.points = nn.Conv2d(width, 2 * POINTS, 1)  # where to look, and what is there
+        self.head = nn.Sequential(nn.Linear(6 * POINTS, 64), nn.SiLU(),
+                                  nn.Linear(64, BINS * action_dim))
 
     def forward(self, base: UNet, x: Tensor, k: Tensor, context: dict) -> Tensor:
-        """x [B, T, in, H, W], k [B, T] -> log-probabilities [B, T, A, BINS]. The frozen base embeds
-        noise level and frame rate."""
+        """x [B, T, in, H, W], k [B, T] -> log-probabilities [B, T - 1, A, BINS] of the actions that
+        led to all frames but the first. The frozen base embeds noise level and frame rate."""
         conditions = Conditions(base.embed(k, None, None, None), context, None)
         h, _ = base.encode(self, x.flatten(0, 1), conditions)
-        evidence, weight = self.head(h).flatten(2).chunk(2, dim=1)  # [B·T, A·BINS, h·w]
-        logits = (evidence * weight.softmax(dim=-1)).sum(dim=-1)
-        return logits.unflatten(0, x.shape[:2]).unflatten(2, (-1, BINS)).log_softmax(dim=-1)
+        look, seen = self.points(h).float().chunk(2, dim=1)  # [B·T, POINTS, H, W]
+        look = look.flatten(2).softmax(dim=-1).view_as(seen)
+        down, across = (torch.linspace(-1, 1, size, device=x.device) for size in seen.shape[-2:])
+        points = [(look * each).sum(dim=(-2, -1)) for each in (down[:, None], across, seen)]
+        points = torch.cat(points, dim=-1).unflatten(0, x.shape[:2])  # [B, T, 3·POINTS]
+        motion = 10 * (points[:, 1:] - points[:, :-1])
+        logits = self.head(torch.cat([points[:, 1:], motion], dim=-1))  # [B, T - 1, A·BINS]
+        return logits.unflatten(-1, (-1, BINS)).log_softmax(dim=-1)
 
 
 def bins_of(actions: Tensor) -> Tensor:
@@ -70,7 +78,7 @@ class ClassifiedModel(Model):
     def log_probabilities(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict) -> Tensor:
         """[B, T - 1, A, BINS] of the action that led to each frame but the first."""
         seen = torch.cat([x, anchor.expand_as(x)], dim=2)
-        return self.unet.classifier(self.unet, seen, k, context)[:, 1:]
+        return self.unet.classifier(self.unet, seen, k, context)
 
     def log_likelihood(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, actions: Tensor
                        ) -> Tensor:
@@ -121,11 +129,12 @@ def build(settings: Settings, dataset: DataSet) -> ClassifiedModel:
     unet = replace(base.config.unet, action_dim=dataset.action_dim)
     model = ClassifiedModel(replace(base.config, unet=unet))
     adopt(model, base, new="classifier.")
-    for name in ("input_blocks", "init_attn", "middle_block"):
-        getattr(model.unet.classifier, name).load_state_dict(
-            getattr(base.unet, name).state_dict())
+    classifier = model.unet.classifier
+    for name in ("input_blocks", "init_attn"):
+        part = getattr(classifier, name)
+        part.load_state_dict(getattr(base.unet, name)[: len(part)].state_dict())
     model.requires_grad_(False)
-    model.unet.classifier.requires_grad_(True)
+    classifier.requires_grad_(True)
     return model
 
 

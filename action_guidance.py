@@ -69,8 +69,8 @@ def guide(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: float = 0.
 class HeLinear(nn.Linear):
     """A linear layer whose initial weights keep the size of what passes (He et al. 2015).
 
-    PyTorch's own let a sixth of the variance through, so that after three layers an action would
-    be a twentieth of the noise level it is added to, and be learned much later.
+    PyTorch's own let a sixth of the variance through. After three layers an action is then a
+    twentieth of its size, drowned by the noise level it is added to, and is learned much later.
     """
 
     def reset_parameters(self) -> None:
@@ -79,7 +79,9 @@ class HeLinear(nn.Linear):
 
 
 def action_embedding(action_dim: int, model_channels: int, loud: bool = False) -> nn.Sequential:
-    """[..., A] -> [..., 4·model_channels]; loud or as PyTorch begins. Paper: section 4.2 and B.2.
+    """[..., A] -> [..., 4·model_channels]. Paper: section 4.2 and B.2.
+
+    loud  begin with He's initial weights (`HeLinear`) in place of PyTorch's
     """
     linear, hidden = HeLinear if loud else nn.Linear, 4 * model_channels
     return nn.Sequential(

@@ -205,12 +205,11 @@ def start_or_resume(settings: Settings, method: "Method", episodes: Episodes, ra
 def build_model(settings: Settings, dataset: DataSet) -> Model:
     """From a passive model or another world (`--base`), or random."""
     config = PRESETS[settings.preset]
-    unet = replace(config.unet, default_fps=dataset.network_fps)
+    unet = replace(config.unet, default_fps=dataset.network_fps,
+                   loud_actions=settings.loud_actions)
     if not settings.passive:
         unet = replace(unet, causal=True, norm_scope=settings.norm_scope,
                        action_dim=dataset.action_dim)
-    if settings.loud_actions is not None:
-        unet = replace(unet, loud_actions=settings.loud_actions)
     config = replace(config, unet=unet, size=tuple(settings.size), fit=dataset.fit)
     torch.manual_seed(settings.seed)
     if settings.base and not settings.passive and is_world(settings.base):

@@ -31,7 +31,8 @@ from training.settings import Settings
 from unet import Conditions, UNet
 
 EDGES = (-0.2, 0.2)  # between the bins, of commands between -1 and 1
-BINS, POINTS = len(EDGES) + 1, 16
+BINS = len(EDGES) + 1
+POINTS = 16  # that the head follows
 
 
 class Classifier(nn.Module):
@@ -41,7 +42,8 @@ class Classifier(nn.Module):
         super().__init__()
         width, first = base.config.model_channels, 1 + base.config.num_res_blocks
         self.input_blocks = copy.deepcopy(base.input_blocks[:first])
-        self.init_attn, self.middle_block = copy.deepcopy(base.init_attn), nn.ModuleList()
+        self.init_attn = copy.deepcopy(base.init_attn)
+        self.middle_block = nn.ModuleList()  # `UNet.encode` asks for one; here it is empty
         self.points = nn.Conv2d(width, 2 * POINTS, 1)  # where to look, and what is there
         self.head = nn.Sequential(nn.Linear(6 * POINTS, 64), nn.SiLU(),
                                   nn.Linear(64, BINS * action_dim))
@@ -56,7 +58,7 @@ class Classifier(nn.Module):
         down, across = (torch.linspace(-1, 1, size, device=x.device) for size in seen.shape[-2:])
         points = [(look * each).sum(dim=(-2, -1)) for each in (down[:, None], across, seen)]
         points = torch.cat(points, dim=-1).unflatten(0, x.shape[:2])  # [B, T, 3·POINTS]
-        motion = 10 * (points[:, 1:] - points[:, :-1])
+        motion = 10 * (points[:, 1:] - points[:, :-1])  # small from frame to frame
         logits = self.head(torch.cat([points[:, 1:], motion], dim=-1))  # [B, T - 1, A·BINS]
         return logits.unflatten(-1, (-1, BINS)).log_softmax(dim=-1)
 

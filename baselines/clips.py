@@ -30,7 +30,8 @@ def base_of(settings: Settings, dataset: DataSet) -> Model:
     if not settings.base:
         raise RequestError("a baseline starts from a passive model: name it with --base")
     config: ModelConfig = PRESETS[settings.preset]
-    unet = replace(config.unet, default_fps=dataset.network_fps)
+    unet = replace(config.unet, default_fps=dataset.network_fps,
+                   loud_actions=settings.loud_actions)
     config = replace(config, unet=unet, size=tuple(settings.size), fit=dataset.fit)
     torch.manual_seed(settings.seed)
     return from_dynamicrafter(settings.base, config)

@@ -46,7 +46,7 @@ VARIANTS = {  # name -> settings of train.py
     # nearly clean frames count little
     "clear frames, clean weighting": {"clear_frames": 0.6, "weighting": "clean"},
     "temporal layers alone": {"trainable": "temporal"},  # not the paper's: half of the memory
-    "faint actions": {"loud_actions": False},  # the paper's: at full size, time is no matter
+    "faint actions": {"loud_actions": False},  # PyTorch's initial weights, as at full size
     "from scratch": {"scratch": True},  # but for the autoencoder and the image tower
 }
 

@@ -49,7 +49,7 @@ from training.settings import Settings as TrainSettings
 from viewing.pictures import save_strip
 from viewing.psnr import psnr
 
-# one level a clip, and no action hidden
+# one level a clip and no action hidden, weighted as the world is
 CLIPS = {"shared_level": True, "action_dropout": 0.0, "weighting": "clean"}
 WORLD = {"clear_frames": 0.6, "weighting": "clean"}  # as the bundled world was trained
 METHODS = {  # row -> what trains it, and with which settings; rows with one name share a run

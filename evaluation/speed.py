@@ -175,6 +175,7 @@ def time_layers(rounds: int = 10) -> None:
     q, k, v = torch.randn(320, 4, 2, 16), torch.randn(320, 4, 14, 16), torch.randn(320, 4, 14, 16)
     sees = torch.ones(2, 14, dtype=torch.bool)  # a streaming pass
 
+    # queries, keys and values of all pixels of a frame
     pixels = torch.randn(3, 64, 4, 80, 16, dtype=torch.bfloat16, requires_grad=True)
 
     def learn() -> None:

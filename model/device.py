@@ -29,7 +29,7 @@ def slow_in_half(device: torch.device) -> bool:
 
 def quick_attention(device: torch.device, bf16: bool, small: bool) -> AbstractContextManager:
     """Within it, a small network in bfloat16 on a CPU learns with attention written out: the fused
-    kernel's backward pass takes some ten times as long there (`python -m evaluation.speed
-    --layers`). A large network needs the fused one's memory."""
+    kernel's backward pass takes several times as long there (`python -m evaluation.speed
+    --layers`). A large network cannot spare the memory for it."""
     written_out = device.type == "cpu" and bf16 and small
     return sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext()

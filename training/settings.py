@@ -120,6 +120,8 @@ def complete(settings: Settings) -> None:
         settings.size = small_size(settings) if preset.small else list(preset.size)
     settings.bf16 = torch.cuda.is_available() if settings.bf16 is None else settings.bf16
     settings.shared_level = settings.shared_level or settings.passive
+    if settings.loud_actions is None:
+        settings.loud_actions = preset.unet.loud_actions
     for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every",
                  "val_clips", "sample_every"):
         if getattr(settings, name) < 1:

@@ -2787,9 +2787,10 @@ def test_memory_is_counted_as_it_is():
 def test_frozen_parts_may_be_halved_and_frames_coded_one_by_one():
     root, out = make_rt1([8] * 6), folder() / "run"
     words = ["--bf16", "--base", TINY_BASE]
-    with mock.patch.object(train, "quick_attention", wraps=device.quick_attention) as quick:
+    with mock.patch.object(train, "quick_attention") as quick:
         assert run_command(train.main, *train_words(root, out, 2, 1), *words)[0] == 0
-    assert quick.call_args.args == (torch.device("cpu"), True, True)
+    quick.assert_called_once_with(torch.device("cpu"), True, True)
+    quick.return_value.__enter__.assert_called_once()
     weights = read_checkpoint(out / "frozen.pt")["weights"]
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert (out / "step_0000002.png").exists() or (out / "step_0000000.png").exists()

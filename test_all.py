@@ -2390,6 +2390,13 @@ def test_transfers_and_ablations_are_compared():
     again = run_command(ablations.main, *words)[1]  # what is done is not done again
     assert "at step" not in again and again.strip() == printed[
         printed.index("| variant |") :].strip()
+    # and never taken for what other settings would have given
+    alone = words[:2] + words[3:]  # the baseline
+    other = run_command(ablations.main, *alone, "--denoising-steps", 2)[1]
+    (psnr,), (other_psnr,) = (re.findall(r"\| baseline \|.*\| (\S+) ±", table)
+                              for table in (printed, other))
+    assert psnr != other_psnr, other
+    refused(ablations.main, *alone, "--steps", 2, saying="has steps 1, and here it is 2")
 
 
 def test_commands_refuse_bad_words_in_a_sentence():
@@ -2894,6 +2901,8 @@ def test_the_ways_to_steer_are_compared():
     try:
         code, printed = run_command(baselines.main, *words)
         again = run_command(baselines.main, *words)[1]  # what is done is not done again
+        refused(baselines.main, "--rows", "classifier guidance", "--frames", 4, "--out", out,
+                saying="has steps 10, and here it is 1000")
     finally:
         baselines.train_reader = controllability_steps
     assert code == 0 and before == baselines.METHODS, printed

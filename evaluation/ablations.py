@@ -26,6 +26,7 @@ import train
 from commands import command, option, parse
 from errors import DataError
 from evaluation.evaluate import WorldSettings, evaluate, open_held_out
+from evaluation.kept import decisive, kept, require_same
 from model.saving import TINY_BASE, preset_of
 from sample import load_world
 from training import settings as training
@@ -71,12 +72,14 @@ class Settings:
     denoising_steps: int | None = option(None, "if left out, those of a small world", type=int)
     guidance: float = option(1.0, "of the rollouts")
     quick: bool = option(False, "one seed and 20 steps: minutes, and not to be believed")
-    out: str = option("runs/ablations", "folder for runs, table and plot")
+    out: str | None = option(None, "folder for runs, table and plot; if left out, runs/ablations, "
+                                   "and for --quick runs/ablations_quick")
 
 
 def complete(settings: Settings) -> None:
     settings.base = settings.base or str(TINY_BASE)
     settings.variants = settings.variants or list(VARIANTS)
+    settings.out = settings.out or "runs/ablations" + "_quick" * settings.quick
     unknown = [name for name in settings.variants if name not in VARIANTS]
     if unknown:
         raise DataError(f"there is no variant {unknown[0]!r}; known are {', '.join(VARIANTS)}")
@@ -87,7 +90,8 @@ def complete(settings: Settings) -> None:
 
 def post_train(run: Path, changes: dict, seed: int, settings: Settings,
                method: train.Method = train.WORLD) -> dict[int, float]:
-    """Train with these changes, or the rest of it; held-out loss by step."""
+    """Train with these changes, or the rest of it; held-out loss by step. Raises DataError if the
+    run was begun with other settings."""
     every = max(1, settings.steps // 5)
     chosen = training.Settings(
         data=settings.data, root=settings.root, base=settings.base,
@@ -99,6 +103,8 @@ def post_train(run: Path, changes: dict, seed: int, settings: Settings,
         workers=settings.workers, bf16=settings.bf16, lr=training.LAPTOP["lr"])
     chosen = replace(chosen, **changes)
     training.complete(chosen)
+    if chosen.resume:
+        require_same(run, chosen)
     if train.train(chosen, method):
         raise DataError(f"the training in {run} was interrupted; the same command goes on with it")
     rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
@@ -109,19 +115,18 @@ def measure(variant: str, seed: int, settings: Settings) -> dict:
     """{"loss": {step: loss}, "psnr": dB} of a variant and seed, from its result file or made now.
     """
     run = Path(settings.out) / f"{re.sub(r'[^a-z]+', '_', variant)}_{seed}"
-    result = run / "result.json"
-    if not result.exists():
+
+    def make() -> dict:
         losses = post_train(run, VARIANTS[variant], seed, settings)
         guidance = 1.0 if variant == "no action dropout" else settings.guidance
         world = load_world(run, guidance=guidance, steps=settings.denoising_steps, seed=seed)
         rolled_out = WorldSettings(data=settings.data, root=settings.root,
                                    episodes=settings.episodes)
         tally = evaluate(world, open_held_out(rolled_out, world), 16, context=1)
-        result.write_text(json.dumps({"loss": losses,
-                                      "psnr": float(tally.sums["psnr"].mean() / tally.episodes)}))
-    content = json.loads(result.read_text())
-    return {"loss": {int(step): loss for step, loss in content["loss"].items()},
-            "psnr": content["psnr"]}
+        return {"loss": losses, "psnr": float(tally.sums["psnr"].mean() / tally.episodes)}
+
+    result = kept(run / "result.json", decisive(settings), make)
+    return result | {"loss": {int(step): loss for step, loss in result["loss"].items()}}
 
 
 def compare(values: dict[str, list[float]], variant: str, digits: int) -> str:

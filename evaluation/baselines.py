@@ -17,7 +17,6 @@ by a small network (evaluation/controllability.py), beside that network's own er
 the classifier is right, by noise level, and whether words tell left from right; and a picture of
 one episode. What is done is kept (--out). Paper: Table 1.
 """
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,6 +40,7 @@ from evaluation.controllability import (
     train_reader,
 )
 from evaluation.evaluate import imagine, read_batches
+from evaluation.kept import decisive, kept
 from evaluation.metrics import ssim
 from model.saving import TINY_BASE, load_model, preset_of
 from model.vid2world import PRESETS, to_pixels
@@ -90,11 +90,13 @@ class Settings:
     denoising_steps: int = option(10, "of every sampler")
     weight: float = option(1.0, "of the classifier's gradient")
     quick: bool = option(False, "one seed and 10 steps: minutes, and not to be believed")
-    out: str = option("runs/baselines", "folder for runs and the table")
+    out: str | None = option(None, "folder for runs and the table; if left out, runs/baselines, "
+                                   "and for --quick runs/baselines_quick")
 
 
 def complete(settings: Settings) -> None:
     settings.base, settings.rows = settings.base or str(TINY_BASE), settings.rows or list(ROWS)
+    settings.out = settings.out or "runs/baselines" + "_quick" * settings.quick
     unknown = [name for name in settings.rows if name not in ROWS]
     if unknown:
         raise RequestError(f"there is no row {unknown[0]!r}; known are {', '.join(ROWS)}")
@@ -134,16 +136,13 @@ def imaginer(row: str, seed: int, settings: Settings, held_out: Episodes
 def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader: GripperReader
             ) -> dict[str, float]:
     """PSNR, SSIM and the gripper's error of a row and seed, from its file or made now."""
-    folder = Path(settings.out)
-    result = folder / f"{row.replace(' ', '_')}_{seed}.json"
-    if not result.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    def make() -> dict[str, float]:
         if row in METHODS:
             _, method, changes = METHODS[row]
             post_train(run_of(row, seed, settings), changes, seed, settings, method)
-        make, scores, first = imaginer(row, seed, settings, held_out), [], 0
+        imagine_row, scores, first = imaginer(row, seed, settings, held_out), [], 0
         for truth, actions, captions in batches_of(held_out, settings):
-            imagined = make(truth, actions, captions)
+            imagined = imagine_row(truth, actions, captions)
             places = np.stack([held_out[first + i].feature(PIXEL)[settings.frames - 1]
                                for i in range(len(truth))])
             off = np.linalg.norm(reader.read(imagined[:, -1]) - places, axis=-1)
@@ -151,8 +150,12 @@ def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader:
                                     ssim(imagined, truth)[:, 1:].mean(1), off]))
             first += len(truth)
         means = np.concatenate(scores, axis=1).mean(axis=1)
-        result.write_text(json.dumps(dict(zip(("psnr", "ssim", "off"), means, strict=True))))
-    return json.loads(result.read_text())
+        return dict(zip(("psnr", "ssim", "off"), means, strict=True))
+
+    chosen = decisive(settings)
+    if row != "classifier guidance":
+        del chosen["weight"]
+    return kept(Path(settings.out) / f"{row.replace(' ', '_')}_{seed}.json", chosen, make)
 
 
 def batches_of(held_out: Episodes, settings: Settings

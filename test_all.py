@@ -2521,6 +2521,8 @@ def test_a_pose_reader_learns_and_is_kept():
     assert np.median(abs(turned)) < np.median(abs(chance)) / 2, np.median(abs(turned))
     again = game.open_reader(path, episodes, steps=0)
     assert np.array_equal(again.read(frames), reader.read(frames))
+    other = game.open_reader(path, episodes, steps=0, source="another hall")
+    assert not np.array_equal(other.read(frames), reader.read(frames))
 
 
 def test_a_game_is_measured_against_diamond_and_standing_still():
@@ -2584,17 +2586,23 @@ def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_acti
 
 def test_policies_are_judged_by_the_verifier_or_a_person():
     out = folder()
-    options = ["--starts", 3, "--horizon", 2, "--steps", 1, "--out", out]
+    shutil.copy(TINY_BASE, out)
+    world = shutil.copy(TINY_WORLD, out)
+    options = ["--starts", 3, "--horizon", 2, "--steps", 1, "--out", out, "--checkpoint", world]
     code, said = run_command(policies.main, *options, "--controls", "--judge")
     assert code == 0 and said.count("| untrained | 0 % |") == 3, said
     names = re.findall('name="([^"]+)"', page := (out / "judge.html").read_text())
     assert len(names) == 3 * 6 * 3 == page.count("data:image/png")  # worlds, policies, starts
 
-    with mock.patch.object(policies, "roll_out", side_effect=AssertionError):  # all is known
+    again = AssertionError("rolled out")
+    with mock.patch.object(policies, "roll_out", side_effect=again):  # all is known
         assert run_command(policies.main, *options, "--controls")[0] == 0
         verdicts = {name: "Vid2World" in name and "/4000 steps/" in name for name in names}
         (out / "verdicts.json").write_text(json.dumps(verdicts))
         code, said = run_command(policies.main, *options, "--verdicts", out / "verdicts.json")
+        os.utime(world, (0, 0))  # it has learned on: nothing is known of it
+        with raises(AssertionError, "rolled out"):
+            run_command(policies.main, *options)
     assert code == 0 and "| 4000 steps | 100 % |" in said and "| 90 steps | 0 % |" in said, said
     assert (out / "agreement.md").read_text().count("Vid2World") == 1
 

@@ -56,10 +56,15 @@ def read_poses(reader: FrameReader, frames: np.ndarray) -> np.ndarray:
     return np.stack([UNITS * x, UNITS * y, np.degrees(np.arctan2(sine, cosine))], axis=-1)
 
 
-def open_reader(path: Path, episodes: Episodes, steps: int) -> FrameReader:
-    """The reader of poses in a file, or a new one, which is then kept there."""
-    if path.exists():
-        return load_weights(pose_reader(), read_checkpoint(path)["weights"], str(path)).eval()
+def open_reader(path: Path, episodes: Episodes, steps: int, source: str | None = None
+                ) -> FrameReader:
+    """The reader of poses in a file, or a new one, which is then kept there.
+
+    source  what the reader has to have learned from; None takes any
+    """
+    known = read_checkpoint(path) if path.exists() else {}
+    if known and source in (None, known.get("source")):
+        return load_weights(pose_reader(), known["weights"], str(path)).eval()
     chosen = [episodes[i] for i in range(len(episodes))]
     frames = np.concatenate([episode.frames for episode in chosen])
     x, y, degrees = np.concatenate([episode.feature(POSE) for episode in chosen]).T
@@ -68,7 +73,7 @@ def open_reader(path: Path, episodes: Episodes, steps: int) -> FrameReader:
     reader = pose_reader()
     for _ in tqdm(fit(reader, frames, targets, steps), "pose reader", steps, disable=None):
         pass
-    save(path, {"weights": reader.state_dict()})
+    save(path, {"weights": reader.state_dict(), "source": source})
     return reader.eval()
 
 
@@ -205,8 +210,9 @@ def run(settings: Settings) -> None:
     held_out = open_held_out(settings, world)
     training = open_episodes(settings.data, settings.root, "train")
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
+    source = None if settings.reader else f"{settings.root}, {settings.reader_steps} steps"
     reader = open_reader(Path(settings.reader or out / "reader.pt"), training,
-                         settings.reader_steps)
+                         settings.reader_steps, source)
     frames, actions = (np.concatenate(arrays) for arrays in zip(*read_batches(
         held_out, settings.frames, settings.batch, world.model.config), strict=True))
     poses = np.stack([held_out[i].feature(POSE)[: settings.frames] for i in range(len(held_out))])

@@ -1,7 +1,7 @@
 """What a comparison has done is kept, so that it goes on where it was interrupted. What was done
 under other settings is never taken for it."""
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +25,12 @@ def kept(path: Path, settings: dict, make: Callable[[], dict]) -> dict:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known))
     return json.loads(path.read_text())["result"]
+
+
+def written(paths: Iterable[str | Path]) -> list[int]:
+    """When each of the files that a result depends on was last written: a checkpoint that has
+    learned more since is another one."""
+    return [Path(path).stat().st_mtime_ns for path in paths]
 
 
 def require_same(run: Path, chosen: TrainSettings) -> None:

@@ -38,8 +38,9 @@ from data import SAMPLES, fit_frames, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from errors import CheckpointError, RequestError
 from evaluation.evaluate import Still, WorldSettings
+from evaluation.kept import written
 from evaluation.readers import FrameReader
-from model.saving import CHECKPOINTS, TINY_WORLD
+from model.saving import CHECKPOINTS, TINY_WORLD, checkpoint_file
 from model.vid2world import Model, ModelConfig
 from sample import WorldModel, load_world
 from viewing.pictures import save_scatter, save_strip
@@ -257,7 +258,7 @@ def open_policies(settings: Settings) -> tuple[dict[str, Policy], Verifier | Non
             for name, network in networks.items()}, verifier
 
 
-# Settings, beside the world and the policy, that rollouts depend on.
+# Settings, beside the sampling of the world, that rollouts depend on.
 DECISIVE = ("checkpoint", "policy", "data", "root", "horizon", "seed")
 
 
@@ -268,6 +269,8 @@ class Judgement:
     def __init__(self, settings: Settings, verifier: Verifier | None, starts: np.ndarray):
         self.settings, self.verifier, self.starts = settings, verifier, starts
         self.out = Path(settings.out)
+        self.written = written([checkpoint_file(settings.checkpoint or TINY_WORLD),
+                                *(settings.policy or [POLICIES])])
         self.file = self.out / "successes.json"
         self.known = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.verdicts = settings.verdicts and json.loads(Path(settings.verdicts).read_text())
@@ -286,7 +289,7 @@ class Judgement:
     def judge(self, trial: Trial, name: str, policy: Policy, first: int, keys: list[str]
               ) -> list[bool]:
         """The same, of one batch."""
-        place = json.dumps([trial.title, name, first, len(keys), {
+        place = json.dumps([trial.title, name, first, len(keys), self.written, {
             key: value for key, value in asdict(self.settings).items() if key in DECISIVE}])
         if place not in self.known or self.settings.judge:
             starts = self.starts[first : first + len(keys)]

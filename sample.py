@@ -354,7 +354,7 @@ class Settings:
     checkpoint: str | None = option(None, "run folder of train.py, or a released checkpoint")
     data: str | None = option(None, "data set", choices=DATA_SETS)
     root: str | None = option(None, "its folder")
-    episode: int = option(0, "which held-out episode")
+    episode: int = option(0, "which held-out episode", least=0)
     context: int | None = option(None, "frames given at the start", type=int)
     frames: int = option(16, "frames in all, given ones included")
     actions: str | None = option(None, ".npy file [N, A] of actions from the last given frame on")
@@ -366,7 +366,7 @@ class Settings:
         None, "noise levels at which guidance applies", type=int, nargs=2, metavar=("LOW", "HIGH"))
     steps: int | None = option(None, "denoising steps per frame", type=int)
     eta: float | None = option(None, "fresh noise per step, 0 to 1", type=float)
-    seed: int = option(0, "of all noise")
+    seed: int = option(0, "of all noise", least=0)
     out: str = option("rollouts", "folder for the pictures")
 
 

@@ -88,6 +88,7 @@ from errors import CheckpointError, DataError, RequestError, UserError
 from evaluation import (
     ablations,
     baselines,
+    causality,
     contact,
     controllability,
     drift,
@@ -96,6 +97,7 @@ from evaluation import (
     metrics,
     plan,
     policies,
+    speed,
     transfers,
 )
 from evaluation.nar import imagine_together
@@ -2414,8 +2416,8 @@ def test_commands_refuse_bad_words_in_a_sentence():
     sample.load_world_model = lambda path: model  # once is enough
     for words, saying in (
             (["--seed", 2**64], "between 0 and 2.63"), (["--out", "a\0b"], "null byte"),
-            (["--frames", 0], "leave a frame to imagine"),
-            (["--context", 0], "context is 0"), (["--episode", -1], "no episode -1"),
+            (["--frames", 1], "leave a frame to imagine"),
+            (["--context", 0], "context is 0"), (["--episode", -1], "episode is -1"),
             (["--steps", 0], "steps is 0"),
             (["--eta", 2], "eta is 2"), (["--guidance", "nan"], "guidance is nan"),
             (["--steps", "x"], "invalid int"), (["--episode", 99], "no episode 99"),
@@ -2442,6 +2444,13 @@ def test_measurements_refuse_what_they_cannot_measure():
     refused(evaluate.main, "--checkpoint", "none.pt", saying="no checkpoint at")
     refused(controllability.main, "--data", "bridge", saying="no bridge in datasets")
     refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")
+    for main, name in ((ablations.main, "seeds"), (baselines.main, "episodes"),
+                       (causality.main, "frames"), (contact.main, "batch"), (drift.main, "frames"),
+                       (game.main, "reader-steps"), (policies.main, "horizon"),
+                       (speed.main, "rounds"), (transfers.main, "clips")):
+        for number in (0, -1):
+            refused(main, f"--{name}", number,
+                    saying=f"--{name} is {number}; it must be at least")
 
 
 # --------------------------------------------------------------------------------------------------

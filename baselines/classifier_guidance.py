@@ -11,9 +11,8 @@ corrects the noise that the frozen base predicts:
 
 The classifier begins as a copy of the base's layers at the highest resolution. What an action does
 is a motion, so its head follows points (Finn et al. 2016, arXiv 1509.06113): where in the picture
-each is, and what is seen there, and how both have changed since the frame before. Each number of an
-action falls into one of three bins: about zero, below and above. At the highest level the clip is
-noise, ᾱ is zero, and nothing is corrected.
+each is, what is seen there, and how both have changed since the frame before. Each number of an
+action is in one of three bins, below zero, about it, and above. Pure noise is not corrected: ᾱ = 0.
 """
 import copy
 import sys

@@ -42,12 +42,12 @@ class Settings:
     lr: float = option(3e-4, "learning rate, which falls to zero in the last third of the time")
     bf16: bool = option(False, "compute in bfloat16")
     ahead: int = option(2, "frames of a clip that are predicted one from another")
-    workers: int = option(1, "processes that decode frames")
-    seed: int = option(0, "of everything random")
+    workers: int = option(1, "processes that decode frames", least=0)
+    seed: int = option(0, "of everything random", least=0)
     checkpoint: str = option("runs/diamond/checkpoint.pt", "to sample from")
     sampling: str = option("hq", "steps a frame: fast 1, hq 3", choices=STEPS)
-    episode: int = option(0, "which held-out episode")
-    frames: int = option(16, "of it")
+    episode: int = option(0, "which held-out episode", least=0)
+    frames: int = option(16, "of it", least=PAST + 1)
 
 
 def train(settings: Settings) -> None:

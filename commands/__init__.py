@@ -18,9 +18,13 @@ from dataclasses import Field, field, fields
 from errors import UserError
 
 
-def option(default: object, help: str, type: type | None = None, **words: object):
-    """A field of a settings class that becomes `--its-name`; `words` go to `add_argument`."""
-    return field(default=default, metadata={"help": help, "type": type, "words": words})
+def option(default: object, help: str, type: type | None = None, least: int = 1, **words: object):
+    """A field of a settings class that becomes `--its-name`; `words` go to `add_argument`.
+
+    least  of a whole number: most of them count something
+    """
+    return field(default=default,
+                 metadata={"help": help, "type": type, "least": least, "words": words})
 
 
 def argument(help: str, **words: object):
@@ -46,6 +50,11 @@ def parse(settings_class: type, description: str, argv: Sequence[str] | None = N
         setattr(settings, name, value)
     if not 0 <= getattr(settings, "seed", 0) < 2**63:
         parser.error(f"--seed is {settings.seed}; it must be between 0 and 2^63 - 1")
+    for each in fields(settings_class):
+        value = getattr(settings, each.name)
+        if each.metadata and type(value) is int and value < each.metadata["least"]:
+            parser.error(f"--{each.name.replace('_', '-')} is {value}; it must be at least "
+                         f"{each.metadata['least']}")
     if complete:
         try:
             complete(settings)

@@ -19,7 +19,7 @@ SIZE = UNetConfig(model_channels=64, channel_mult=(1, 2, 4), head_channels=32, c
 
 @dataclass
 class Settings:
-    frames: int = option(8, "in the clip")
+    frames: int = option(8, "in the clip", least=2)
     out: str = option("evaluations/causality", "folder for the picture")
 
 

@@ -66,13 +66,13 @@ class WorldSettings:
     root: str | None = option(None, "its folder; if left out, datasets/ or else the bundled "
                                     "episodes")
     episodes: int | None = option(None, "held-out episodes; if left out, all", type=int)
-    frames: int = option(16, "frames of an episode, given ones included")
+    frames: int = option(16, "frames of an episode, given ones included", least=2)
     steps: int | None = option(None, "denoising steps per frame; if left out, the checkpoint's",
                                type=int)
     eta: float | None = option(None, "fresh noise per step; if left out, the checkpoint's",
                                type=float)
     batch: int = option(8, "worlds side by side")
-    seed: int = option(0, "of all noise")
+    seed: int = option(0, "of all noise", least=0)
 
 
 @dataclass
@@ -236,8 +236,8 @@ class Settings(WorldSettings):
 def complete(settings: Settings) -> None:
     if settings.context is None:
         settings.context = DATA_SETS[settings.data].context
-    if not 1 <= settings.context < settings.frames or settings.batch < 1:
-        raise RequestError("context must be at least 1 and less than frames, and batch at least 1")
+    if settings.context >= settings.frames:
+        raise RequestError(f"context is {settings.context}; it must be less than frames")
 
 
 def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> None:

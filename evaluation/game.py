@@ -161,7 +161,8 @@ def seconds_a_frame(world: object, starts: Starts) -> float:
 @dataclass
 class Settings(WorldSettings):
     data: str = option("csgo", "data set", choices=["csgo"])
-    frames: int = option(GIVEN + LONG, "frames of an episode, given ones included")
+    frames: int = option(GIVEN + LONG, "frames of an episode, given ones included",
+                         least=GIVEN + SHORT)
     guidance: float | None = option(None, "as in sample.py", type=float)
     diamond: str | None = option(None, "checkpoint of baselines/train_diamond.py")
     seeds: int = option(1, "rollouts of own actions, each with noise of its own")

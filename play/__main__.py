@@ -25,7 +25,7 @@ class Settings:
         None, "1 follows the action as trained, more exaggerates it", type=float)
     steps: int | None = option(None, "denoising steps per frame", type=int)
     host: str = option("127.0.0.1", "address to listen at")
-    port: int = option(8000, "port to listen at")
+    port: int = option(8000, "port to listen at", least=0)
 
 
 def check(settings: Settings) -> None:

@@ -29,7 +29,7 @@ class Settings:
     scratch: bool = option(False, "start from random weights, but for the frozen parts of a --base")
     passive: bool = option(False, "pretrain a passive model: bidirectional, no actions, one level")
     transfer: str = option("mixed", "how temporal kernels become causal", choices=TRANSFER_METHODS)
-    frames: int = option(16, "frames per clip")
+    frames: int = option(16, "frames per clip", least=2)
     size: list[int] | None = option(None, "pixels; if left out, the model's", type=int, nargs=2,
                                     metavar=("H", "W"))
     out: str = option("runs/default", "run folder")
@@ -38,7 +38,7 @@ class Settings:
     steps: int = option(100_000, "training steps")
     batch: int = option(8, "clips per process and forward pass")
     lr: float = option(1e-5, "learning rate")
-    cooldown: int = option(0, "steps at the end over which it falls to zero")
+    cooldown: int = option(0, "steps at the end over which it falls to zero", least=0)
     bf16: bool | None = option(None, "compute in bfloat16; if left out, on CUDA", type=bool)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
     trainable: str = option("all", "what learns of the U-Net: all of it and the resampler, or its "
@@ -46,8 +46,8 @@ class Settings:
                             choices=("all", "temporal"))
     shard: bool = option(False, "with torchrun: spread what learns over the processes")
     save_every: int = option(500, "steps between checkpoints")
-    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames")
-    seed: int = option(0, "of everything random")
+    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames", least=0)
+    seed: int = option(0, "of everything random", least=0)
     set: list[str] | None = option(None, "other settings of training/settings.py, such as "
                                          "action_dropout=0",
                                    nargs="+", action="extend")

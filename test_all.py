@@ -2813,6 +2813,7 @@ def test_frozen_parts_may_be_halved_and_frames_coded_one_by_one():
     words = ["--bf16", "--base", TINY_BASE]
     with mock.patch.object(train, "quick_attention") as quick:
         assert run_command(train.main, *train_words(root, out, 2, 1), *words)[0] == 0
+    # and the loop learns with quick attention
     quick.assert_called_once_with(torch.device("cpu"), True, True)
     quick.return_value.__enter__.assert_called_once()
     weights = read_checkpoint(out / "frozen.pt")["weights"]

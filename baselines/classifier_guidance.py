@@ -78,8 +78,8 @@ class ClassifiedModel(Model):
 
     def log_probabilities(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict) -> Tensor:
         """[B, T - 1, A, BINS] of the action that led to each frame but the first."""
-        seen = torch.cat([x, anchor.expand_as(x)], dim=2)
-        return self.unet.classifier(self.unet, seen, k, context)
+        beside_anchor = torch.cat([x, anchor.expand_as(x)], dim=2)
+        return self.unet.classifier(self.unet, beside_anchor, k, context)
 
     def log_likelihood(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, actions: Tensor
                        ) -> Tensor:

@@ -41,6 +41,7 @@ def sharpness(frames: np.ndarray) -> np.ndarray:
 @dataclass
 class Settings(WorldSettings):
     episodes: int | None = option(8, "held-out episodes", type=int)
+    # a game is given four
     frames: int = option(104, "frames of an episode, given ones included", least=5)
     out: str = option("evaluations/drift", "folder for the results")
 

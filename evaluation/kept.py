@@ -9,6 +9,7 @@ from errors import DataError
 from training.run_folder import read_settings
 from training.settings import Settings as TrainSettings
 
+# settings on which no single result depends
 FREE = {"rows", "variants", "seeds", "workers", "quick", "out", "resume", "overwrite"}
 
 
@@ -18,7 +19,10 @@ def decisive(settings: object) -> dict:
 
 
 def kept(path: Path, settings: dict, make: Callable[[], dict]) -> dict:
-    """The result in a JSON file, if these settings made it; else it is made now, and written."""
+    """The result in a JSON file, if these settings made it; else it is made now, and written.
+
+    Always as JSON gives it back: keys are text.
+    """
     known = json.loads(path.read_text()) if path.exists() else {}
     if known.get("settings") != settings:
         known = {"settings": settings, "result": make()}

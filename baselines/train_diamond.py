@@ -24,9 +24,10 @@ from data import (
     require_clips,
 )
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
-from errors import CheckpointError, RequestError
+from errors import CheckpointError, RequestError, reading, require_finite
 from model.saving import save
 from model.vid2world import to_pixels
+from support.schema import conform
 from viewing.pictures import save_strip
 from viewing.psnr import psnr
 
@@ -37,9 +38,10 @@ class Settings:
     data: str = option("csgo", "data set", choices=DATA_SETS)
     root: str | None = option(None, "its folder")
     out: str = option("runs/diamond", "run folder")
-    minutes: float = option(60.0, "of training")
+    minutes: float = option(60.0, "of training", least=0.01)
     batch: int = option(16, "clips a step")
-    lr: float = option(3e-4, "learning rate, which falls to zero in the last third of the time")
+    lr: float = option(3e-4, "learning rate, which falls to zero in the last third of the time",
+                       least=1e-12, most=1000)
     bf16: bool = option(False, "compute in bfloat16")
     ahead: int = option(2, "frames of a clip that are predicted one from another")
     workers: int = option(1, "processes that decode frames", least=0)
@@ -77,6 +79,7 @@ def train(settings: Settings) -> None:
             loss = loss_of(network, to_pixels(batch["frames"]), batch["actions"])
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        require_finite(f"step {step + 1}: the loss", loss.item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -97,7 +100,9 @@ def load_diamond(path: str | Path) -> Diamond:
     content = read_checkpoint(path)
     if "diamond" not in content:
         raise CheckpointError(f"{path} is no checkpoint of baselines/train_diamond.py")
-    return load_weights(Diamond(DiamondConfig(**content["diamond"])), content["weights"], str(path))
+    with reading(path, CheckpointError):
+        network = Diamond(conform(DiamondConfig, content["diamond"], "diamond"))
+        return load_weights(network, content["weights"], str(path))
 
 
 def imagine(network: Diamond, episodes: Episodes, chosen: Sequence[int], length: int,

@@ -19,7 +19,7 @@ from torch import Tensor
 from dynamicrafter.checkpoint import read_checkpoint
 from errors import CheckpointError
 from model.sampling import MEASURED
-from model.saving import PREFIXES, by_our_names, load_model, preset_of, save
+from model.saving import PARTS, PREFIXES, by_our_names, load_model, preset_of, save
 
 
 def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -37,8 +37,11 @@ def bundle_base(run: Path, out: Path) -> None:
 def bundle_world(run: Path, out: Path, beside: str | None) -> None:
     content, world = read_checkpoint(run / "checkpoint.pt"), load_model(run).state_dict()
     base = by_our_names(read_checkpoint(out.with_name(beside))["state_dict"]) if beside else {}
-    changed = {name: tensor for name, tensor in world.items()
+    changed = {name for name, tensor in world.items()
                if name not in base or not torch.equal(tensor, base[name].float())}
+    learned = tuple(part for part in PARTS if any(name.startswith(part) for name in changed))
+    changed = {name: tensor for name, tensor in world.items()
+               if name in changed or name.startswith(learned)}
     save(out, {"config": asdict(load_model(run).config), "sampling": MEASURED[preset_of(run)],
                "weights": half(changed),
                "frozen": beside, "data": content["data"] | {"root": None},

@@ -1,10 +1,11 @@
 """Reading checkpoints: never executed, whole, and told apart from what only looks like one.
 
 A checkpoint from somewhere else is a program until proven otherwise: PyTorch's format is a pickle.
-Here it is read with `weights_only=True` or not at all. Its tensors stay on disk until they are
-used, so reading the 10 GB of DynamiCrafter costs nothing; memory-mapping skips the archive's
-checksums, however, so those are checked first: always for small files, and once for large ones,
-whose verified size and time are remembered.
+Here it is read with `weights_only=True` or not at all. The tensors of a large one stay on disk
+until they are used, so reading the 10 GB of DynamiCrafter costs nothing. Memory-mapping trusts an
+archive where it should not, however: its checksums are compared first (for a large file once: the
+verified size and time are remembered), and every tensor must lie where the archive says that it
+does, in full.
 """
 import json
 import os
@@ -12,6 +13,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,36 +21,42 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import CheckpointError
+from errors import CheckpointError, require_regular, stand_in
 
 UNET = "model.diffusion_model."  # a checkpoint's name for the U-Net
-CHECK_ALWAYS = 256 * 2**20  # bytes: a file up to this size is checked at every reading
+SMALL = 256 * 2**20  # bytes: a file up to this size is checked at every reading, and copied
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint file, PyTorch's or .safetensors, with its tensors left on disk.
+    """The content of a checkpoint file, PyTorch's or .safetensors. The tensors of one above SMALL
+    are left on disk.
 
-    Raises CheckpointError if the file is missing, damaged, or holds anything but tensors and plain
-    values.
+    Raises CheckpointError if the file is missing, damaged, or holds anything but ordinary tensors
+    and plain values.
     """
     path = Path(path)
     try:
+        require_regular(path, CheckpointError)
         with open(path, "rb") as file:
             start = file.read(9)
             if path.suffix == ".safetensors" or start[8:9] == b"{":
-                return {"state_dict": read_safetensors(path, file)}
+                return {"state_dict": own_memory(path, read_safetensors(path, file))}
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint at {path}") from None
     except IsADirectoryError:
         raise CheckpointError(
             f"{path} is a folder without a checkpoint.pt; name a checkpoint file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be read: {reason}") from None
     if start[:2] != b"PK":
         raise CheckpointError(explain_other_format(path, start))
     check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_storages(path, content)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values (a Lightning file keeps its "
@@ -59,7 +67,50 @@ def read_checkpoint(path: str | Path) -> dict:
         raise CheckpointError(explain(path, error)) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary")
+    return own_memory(path, content)
+
+
+def map_tensors(change: Callable[[str, Tensor], Tensor], content: object, name: str = "") -> object:
+    """A copy of dictionaries and lists in which every tensor is what `change` makes of it."""
+    if isinstance(content, Tensor):
+        return change(name, content)
+    if isinstance(content, dict):
+        return {key: map_tensors(change, value, f"{name}.{key}") for key, value in content.items()}
+    if type(content) in (list, tuple):
+        return type(content)(map_tensors(change, value, name) for value in content)
     return content
+
+
+def check_storages(path: Path, content: object) -> None:
+    """Each tensor lies in the archive as it says: the storages in memory are, one after the other,
+    as long as the members of the file. Raises CheckpointError."""
+    storages: dict[int, tuple[str, int]] = {}  # address -> a tensor in it, and how long it is
+
+    def note(name: str, tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name[1:]} is no ordinary tensor (sparse, quantised or "
+                                  "without values); save it as one")
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = name[1:], storage.nbytes()
+        return tensor
+
+    map_tensors(note, content)
+    with zipfile.ZipFile(path) as archive:
+        members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(f"{path} was packed again with compression, so its tensors are not "
+                              "to be found in it: save it anew with torch where it was made")
+    stored = iter([member.file_size for member in members if "/data/" in member.filename])
+    for _, (name, needed) in sorted(storages.items()):
+        if needed and needed not in stored:  # which goes on to the next of this length
+            raise CheckpointError(f"{path} is damaged: {name} is not there with its {needed} "
+                                  "bytes; fetch it again")
+
+
+def own_memory(path: Path, content: dict) -> dict:
+    """The content of a small file, copied: whoever writes over the file changes nothing here."""
+    small = path.stat().st_size <= SMALL
+    return map_tensors(lambda _, tensor: tensor.clone(), content) if small else content
 
 
 def explain(path: Path, error: Exception) -> str:
@@ -76,9 +127,7 @@ def explain_other_format(path: Path, start: bytes) -> str:
     if start[:1] == b"\x80":  # a pickle without an archive around it: PyTorch before 1.6
         return (f"{path} is of PyTorch's old format or a bare pickle: load it with torch and save "
                 "it again")
-    if start.startswith(b"version h"):
-        return f"{path} is a Git LFS pointer and not the file it stands for: run `git lfs pull`"
-    return f"{path} is no PyTorch checkpoint and no .safetensors file"
+    return f"{path} {stand_in(path) or 'is no PyTorch checkpoint and no .safetensors file'}"
 
 
 def check_archive(path: Path) -> None:
@@ -91,7 +140,7 @@ def check_archive(path: Path) -> None:
             members = archive.infolist()
             size = sum(member.file_size for member in members)
             with tqdm(total=size, unit="B", unit_scale=True, desc="checking",
-                      disable=size < CHECK_ALWAYS) as bar:
+                      disable=size < SMALL) as bar:
                 for member in members:
                     with archive.open(member) as file:  # which compares the checksum at its end
                         while chunk := file.read(2**20):
@@ -115,7 +164,7 @@ def check_archive(path: Path) -> None:
 def remembered_checks(path: Path) -> Path | None:
     """The file whose existence says that this large checkpoint has been checked."""
     stat = path.stat()
-    if stat.st_size <= CHECK_ALWAYS:
+    if stat.st_size <= SMALL:
         return None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vid2world"
     identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()
@@ -124,7 +173,8 @@ def remembered_checks(path: Path) -> Path | None:
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
                      "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-                     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+                     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+                     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def read_safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
@@ -149,6 +199,9 @@ def read_safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
             tensor = data[start:end]
             if not 0 <= start <= end <= len(data):
                 raise ValueError("it is truncated")
+            if entry["dtype"] not in SAFETENSORS_TYPES:
+                raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']!r:.20}; read "
+                                      f"are {', '.join(SAFETENSORS_TYPES)}")
             dtype = SAFETENSORS_TYPES[entry["dtype"]]
             if (8 + length + start) % dtype.itemsize:
                 tensor = tensor.clone()  # a view needs an aligned start
@@ -156,6 +209,8 @@ def read_safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
             end_of_data = max(end_of_data, end)
         if end_of_data != len(data):
             raise ValueError("it is truncated")
+    except CheckpointError:
+        raise
     except Exception as error:  # a header is foreign JSON: anything may be wrong with it
         raise CheckpointError(explain(path, error)) from None
     return tensors
@@ -196,8 +251,8 @@ def select(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) -> nn.Module:
-    """`load_state_dict` whose complaints a person can read; nothing missing, left over or misshapen
-    is accepted.
+    """`load_state_dict` whose complaints a person can read; nothing missing, left over, misshapen
+    or not a finite number is accepted.
 
     The network takes the tensors over as they are (in float32) and copies none, so it may be built
     on the meta device, and loading needs no memory beyond what is kept.
@@ -208,7 +263,11 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) ->
     misshapen = [f"{name} {list(weights[name].shape)} for {list(wanted[name].shape)}"
                  for name in wanted
                  if name in weights and weights[name].shape != wanted[name].shape]
-    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    # "within" of `Model.action_statistics` is infinite where a number never varies
+    infinite = [name for name in wanted if name in weights and name != "action_statistics"
+                and not is_finite(weights[name])]
+    problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen,
+                "not of finite numbers": infinite}
     complaints = [f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
                   for what, names in problems.items() if names]
     if complaints:
@@ -216,6 +275,14 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) ->
                               f"{'; '.join(complaints)}")
     network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return network
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds real numbers, and neither NaN nor an infinity."""
+    if not tensor.is_floating_point():
+        return False
+    low, high = tensor.float().aminmax() if tensor.numel() else (tensor.new_zeros(()),) * 2
+    return bool(low.isfinite() and high.isfinite())
 
 
 def load_part(network_class: type[nn.Module], config: object, weights: dict[str, Tensor],

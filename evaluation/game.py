@@ -31,6 +31,7 @@ from commands import command, option, parse
 from data import Episodes, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from episodes.actions import csgo_action
+from errors import CheckpointError, reading
 from evaluation.evaluate import Still, WorldSettings, imagine, open_held_out, read_batches
 from evaluation.metrics import ssim
 from evaluation.readers import FrameReader, fit
@@ -64,7 +65,8 @@ def open_reader(path: Path, episodes: Episodes, steps: int, source: str | None =
     """
     known = read_checkpoint(path) if path.exists() else {}
     if known and source in (None, known.get("source")):
-        return load_weights(pose_reader(), known["weights"], str(path)).eval()
+        with reading(path, CheckpointError):
+            return load_weights(pose_reader(), known["weights"], str(path)).eval()
     chosen = [episodes[i] for i in range(len(episodes))]
     frames = np.concatenate([episode.frames for episode in chosen])
     x, y, degrees = np.concatenate([episode.feature(POSE) for episode in chosen]).T
@@ -241,10 +243,10 @@ def run(settings: Settings) -> None:
                         (f"{LONG} frames of own actions", long), ("one action, repeated", obeying)):
         lines += ["", f"{title}:", "", *table(rows)] if rows else []
     print("\n" + "\n".join(lines))
-    (out / "result.md").write_text("\n".join(lines) + "\n")
+    (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps({
         "settings": asdict(settings), "short": short, "long": long, "obeying": obeying},
-        indent=1, default=float))
+        indent=1, default=float), encoding="utf-8")
     print(f"\nwritten: {out}/result.md, result.json and strips")
 
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from commands import command, option, parse
 from data import SAMPLES, fit_frames, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
-from errors import CheckpointError, RequestError
+from errors import CheckpointError, RequestError, reading
 from evaluation.evaluate import Still, WorldSettings
 from evaluation.kept import written
 from evaluation.readers import FrameReader
@@ -91,9 +91,10 @@ def load_policies(path: Path = POLICIES) -> tuple[dict[str, FrameReader], Verifi
         raise CheckpointError(f"{path} is not there: python -m bundled.train_policies makes it, "
                               "and python -m bundled.judge_in_simulator the truth beside it")
     content = read_checkpoint(path)
-    policies = {name: load_weights(policy_network(), weights, str(path)).eval()
-                for name, weights in content["policies"].items()}
-    verifier = load_weights(verifier_network(), content["verifier"], str(path)).eval()
+    with reading(path, CheckpointError):
+        policies = {name: load_weights(policy_network(), weights, str(path)).eval()
+                    for name, weights in content["policies"].items()}
+        verifier = load_weights(verifier_network(), content["verifier"], str(path)).eval()
     return policies, Verifier(verifier)
 
 
@@ -178,7 +179,7 @@ def write_page(path: Path, strips: dict[str, np.ndarray]) -> None:
         source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         rows.append(f'<label><input type="checkbox" name="{html.escape(key)}"> '
                     f'<img src="{source}"></label>')
-    path.write_text(PAGE.format(rows="\n".join(rows)))
+    path.write_text(PAGE.format(rows="\n".join(rows)), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,8 +273,9 @@ class Judgement:
         self.written = written([checkpoint_file(settings.checkpoint or TINY_WORLD),
                                 *(settings.policy or [POLICIES])])
         self.file = self.out / "successes.json"
-        self.known = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.verdicts = settings.verdicts and json.loads(Path(settings.verdicts).read_text())
+        self.known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        self.verdicts = settings.verdicts and json.loads(
+            Path(settings.verdicts).read_text(encoding="utf-8"))
         self.strips: dict[str, np.ndarray] = {}  # for a person
 
     def successes(self, trial: Trial, name: str, policy: Policy) -> np.ndarray:
@@ -301,7 +303,7 @@ class Judgement:
             if self.verifier:
                 self.show_examples(trial, name, videos, closed)
             self.known[place] = closed.tolist()
-            self.file.write_text(json.dumps(self.known))
+            self.file.write_text(json.dumps(self.known), encoding="utf-8")
         return self.known[place]
 
     def show_examples(self, trial: Trial, name: str, videos: np.ndarray, closed: np.ndarray
@@ -338,7 +340,7 @@ def run(settings: Settings) -> None:
             agreement.append(compare(trial.title, rates, true, out))
     if true:
         print("\n" + "\n".join(agreement))
-        (out / "agreement.md").write_text("\n".join(agreement) + "\n")
+        (out / "agreement.md").write_text("\n".join(agreement) + "\n", encoding="utf-8")
     if settings.judge:
         write_page(out / "judge.html", judgement.strips)
         print(f"\nopen {out / 'judge.html'} in a browser, tick, save; then run this again with "

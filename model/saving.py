@@ -5,14 +5,15 @@ A run folder holds `checkpoint.pt`, what learns and the optimizer, and `frozen.p
 written once.
 """
 import os
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffusion_forcing import NoiseSchedule
-from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
+from dynamicrafter.autoencoder import Autoencoder
 from dynamicrafter.checkpoint import (
     load_part,
     load_weights,
@@ -20,10 +21,13 @@ from dynamicrafter.checkpoint import (
     read_lightning,
     select,
 )
-from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig
-from dynamicrafter.resampler import Resampler, ResamplerConfig
-from errors import CheckpointError
+from dynamicrafter.clip import ImageTower, TextTower
+from dynamicrafter.resampler import Resampler
+from errors import CheckpointError, UserError, reading
+from model.sampling import Sampling
 from model.vid2world import PRESETS, Model, ModelConfig, plain_statistics
+from support.schema import SchemaError, conform
+from temporal.norm import NORM_SCOPES
 from unet import UNet, UNetConfig, carry_over, released_unet, with_actions
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # the bundled ones
@@ -135,9 +139,12 @@ def preset_of(path: str | Path) -> str:
     """
     content = read_checkpoint(checkpoint_file(path))
     if "preset" in content:
+        if content["preset"] not in list(PRESETS):
+            raise CheckpointError(f"{path} is of preset {content['preset']!r:.40}; there are "
+                                  f"{', '.join(PRESETS)}")
         return content["preset"]
     if "config" in content:  # of a run: the one that is as wide
-        width = content["config"]["unet"]["model_channels"]
+        width = read_saved(content, checkpoint_file(path)).config.unet.model_channels
         return next((name for name, preset in PRESETS.items()
                      if preset.unet.model_channels == width), "512")
     scale = read_lightning(checkpoint_file(path)).get("scale_arr")
@@ -189,6 +196,35 @@ def frozen_weights(model: Model) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
 
 
+@dataclass(frozen=True)
+class TrainedOn:
+    """The data set that a world learned from."""
+    name: str | None = None
+    root: str | None = None
+    fps: float | None = None
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says of a model. That of a run holds the optimizer as well."""
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    frozen: str | None  # the file beside it with what did not learn; None: all is here
+    sampling: dict[str, object] = field(default_factory=dict)
+    data: TrainedOn = TrainedOn()
+    step: int = 0
+
+
+# Least and most of what would take for ever to build, or make numbers that are none.
+BOUNDS = {"num_res_blocks": (1, 16), "layers": (1, 128), "depth": (1, 128), "base_scale": (1e-3, 1),
+          "num_frames": (2, 1024), "default_fps": (1, 1000), "dropout": (0, 1),
+          "latent_scale": (1e-6, 1e6), "step": (0, 2**53)}
+# Of each of these parts a checkpoint holds all or nothing.
+PARTS = ("unet.", "resampler.", "image_tower.", "autoencoder.decoder.",
+         "autoencoder.post_quant_conv.", "autoencoder.encoder.", "autoencoder.quant_conv.")
+
+
 def load_model(path: str | Path, content: dict | None = None, kind: type[Model] = Model) -> Model:
     """A model that train.py saved: `path` is its run folder or a checkpoint in it, `content` what
     `read_checkpoint` gives of it, if that is known, `kind` the class that was trained. Raises
@@ -199,35 +235,76 @@ def load_model(path: str | Path, content: dict | None = None, kind: type[Model] 
     """
     path = checkpoint_file(path)
     content = content or read_checkpoint(path)
-    try:
-        config = read_config(content["config"])
-        beside = content["frozen"]
-        frozen = read_checkpoint(path.parent / beside) if beside else {"weights": {}}
-        if "state_dict" in frozen:  # the parts that stayed as they were in the base
-            frozen["weights"] = by_our_names(frozen["state_dict"])
-        weights = frozen["weights"] | content["weights"]
+    saved = read_saved(content, path)
+    weights = dict(saved.weights)
+    if saved.frozen:
+        beside = read_checkpoint(path.parent / saved.frozen)
+        base = by_our_names(beside.get("state_dict", {}))  # where a bundled base lies beside it
+        learned = [part for part in PARTS if any(name.startswith(part) for name in weights)]
+        for name in base.keys() - weights.keys():
+            if name.startswith(tuple(learned)):
+                raise CheckpointError(f"{path} lacks {name}, which learned, and {saved.frozen} "
+                                      "beside it has it as it was before: fetch it again")
+        weights = base | beside.get("weights", {}) | weights
+    with reading(f"{path} is no checkpoint of this project: it", CheckpointError):
         with torch.device("meta"):
-            model = kind(config)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not a checkpoint of this project ({error})") from None
-    model.schedule = NoiseSchedule(config.base_scale)
-    model.text = weights.setdefault("text", torch.zeros(1, config.unet.context_dim))
-    weights.setdefault("action_statistics", plain_statistics(model.action_dim))
-    model.sampling, model.trained_on = content.get("sampling", {}), content.get("data", {})
-    return load_weights(model, weights, source=str(path))
+            model = kind(saved.config)
+        if "fps" not in content.get("data", ()):  # the first format had neither
+            weights.setdefault("text", torch.zeros(1, saved.config.unet.context_dim))
+            weights.setdefault("action_statistics", plain_statistics(model.action_dim))
+        model.schedule = NoiseSchedule(saved.config.base_scale)
+    model.sampling, model.trained_on = saved.sampling, asdict(saved.data)
+    load_weights(model, weights, source=str(path))
+    mean, deviation, within = model.action_statistics
+    if not (mean.isfinite().all() and deviation.isfinite().all() and (deviation > 0).all()
+            and (within > 0).all()):
+        raise CheckpointError(f"{path}: action_statistics must be finite means, deviations above 0 "
+                              "and distances above 0")
+    return model
 
 
-def read_config(fields: dict) -> ModelConfig:
-    """A ModelConfig from what `dataclasses.asdict` made of one."""
-    fields = dict(fields)
-    unet = dict(fields["unet"])
-    if "fps" in fields:  # checkpoints of the first format say the frame rate here
-        unet["default_fps"] = fields.pop("fps")
-    return ModelConfig(**fields | {
-        "unet": UNetConfig(**unet),
-        "autoencoder": AutoencoderConfig(**fields["autoencoder"]),
-        "image_tower": ImageTowerConfig(**fields["image_tower"]),
-        "text_tower": fields["text_tower"] and TextTowerConfig(**fields["text_tower"]),
-        "resampler": ResamplerConfig(**fields["resampler"])})
+def read_saved(content: dict, path: Path) -> Saved:
+    """What a checkpoint says, checked. Raises CheckpointError."""
+    config, sampling = content.get("config"), content.get("sampling", {})
+    if isinstance(config, dict) and "fps" in config and isinstance(config.get("unet"), dict):
+        # the first format says the frame rate here
+        unet = config["unet"] | {"default_fps": config["fps"]}
+        config = {name: value for name, value in config.items() if name != "fps"} | {"unet": unet}
+    try:
+        chosen = conform(Sampling, sampling, "sampling")
+        saved = conform(Saved, content | {"config": config, "sampling": {}}, "", BOUNDS, spare=True)
+        for name in missing_sizes(asdict(saved.config), config):
+            raise SchemaError(f"config has no {name}")
+        check_config(saved.config)
+        if saved.frozen is not None and saved.frozen != Path(saved.frozen).name:
+            raise SchemaError(f"frozen is {saved.frozen!r:.60}; expected the name of a file beside "
+                              "it")
+    except UserError as error:
+        raise CheckpointError(f"{path} is no checkpoint of this project: {error}") from None
+    return replace(saved, sampling={name: getattr(chosen, name) for name in sampling})
+
+
+def missing_sizes(config: dict, said: dict) -> Iterator[str]:
+    """The numbers of a config that a checkpoint does not say: they are DynamiCrafter's now, and
+    were not when it was written. Switches that came later are off where they are not named."""
+    for name, value in config.items():
+        if isinstance(value, dict) and name in said:
+            yield from missing_sizes(value, said[name])
+        elif name not in said and type(value) in (int, float, tuple):
+            yield name
+
+
+def check_config(config: ModelConfig) -> None:
+    """Refuse what no weight would show. Raises SchemaError."""
+    unet, autoencoder = config.unet, config.autoencoder
+    multiples = len(unet.channel_mult), len(autoencoder.channel_mult)
+    if not all(1 <= length <= 8 for length in multiples):
+        raise SchemaError(f"channel_mult has {' and '.join(map(str, multiples))} entries")
+    smallest = autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)
+    if any(side < 1 or side % smallest for side in config.size):
+        raise SchemaError(f"size is {config.size}; expected multiples of {smallest}")
+    if config.fit not in ("pad", "crop") or unet.norm_scope not in NORM_SCOPES:
+        raise SchemaError(f"fit is {config.fit!r:.40} and norm_scope {unet.norm_scope!r:.40}; "
+                          f"expected pad or crop, and one of {', '.join(NORM_SCOPES)}")
+    if config.resampler.num_frames != unet.num_frames:
+        raise SchemaError(f"num_frames is {unet.num_frames} and {config.resampler.num_frames}")

@@ -363,7 +363,8 @@ class Settings:
     guidance: float | None = option(
         None, "1 follows the action as trained, more exaggerates it", type=float)
     guidance_levels: list[int] | None = option(
-        None, "noise levels at which guidance applies", type=int, nargs=2, metavar=("LOW", "HIGH"))
+        None, "noise levels at which guidance applies", type=int, nargs=2, least=0,
+        metavar=("LOW", "HIGH"))
     steps: int | None = option(None, "denoising steps per frame", type=int)
     eta: float | None = option(None, "fresh noise per step, 0 to 1", type=float)
     seed: int = option(0, "of all noise", least=0)

@@ -53,7 +53,7 @@ from data import (
 from diffusion_forcing import diffusion_forcing_loss, draw_levels
 from dynamicrafter.checkpoint import read_checkpoint
 from dynamicrafter.resampler import Resampler
-from errors import DataError
+from errors import CheckpointError, DataError, reading, require_finite
 from model.device import quick_attention, slow_in_half
 from model.memory import halve_frozen, keep_freed_memory
 from model.sampling import MEASURED
@@ -74,7 +74,7 @@ from training.processes import (
     stop_on_signals,
 )
 from training.recorder import Recorder
-from training.run_folder import check_folder, write_settings
+from training.run_folder import Claim, check_folder, clear_folder, write_settings
 from training.settings import Settings, parse_arguments
 from training.sharding import AdamWInPieces, clip_gradients, shard
 from training.tiny_autoencoder import fit_autoencoder
@@ -146,8 +146,9 @@ def entropy(*numbers: int) -> int:
 
 
 def prepare(settings: Settings, method: "Method", rank: int, device: torch.device
-            ) -> tuple[Model, Clips, Episodes, dict | None]:
-    """The model, clips to train on, held-out episodes, and the checkpoint to go on from, if any."""
+            ) -> tuple[Model, Clips, Episodes, dict | None, Claim | None]:
+    """The model, clips to train on, held-out episodes, the checkpoint to go on from, if any, and
+    the first process's claim on the run folder."""
     if rank == 0:
         check_folder(Path(settings.out), settings.resume, settings.overwrite)
     say = print if rank == 0 else lambda *words: None
@@ -162,7 +163,11 @@ def prepare(settings: Settings, method: "Method", rank: int, device: torch.devic
         say(f"left out: {complaint}")
     base = readable_path(settings.base, TINY_BASE) if settings.base else "none, from scratch"
     say(f"base: {base}")
-    model, saved = start_or_resume(settings, method, episodes, rank, device)
+    model, saved = start_or_resume(settings, method, episodes, device)
+    claim = None
+    if rank == 0:
+        claim = Claim(Path(settings.out))
+        begin_folder(settings, model, episodes, saved)
     learning, frozen = (sum(p.numel() for p in model.parameters() if p.requires_grad is learns)
                         for learns in (True, False))
     say(f"{learning / 1e6:.1f} M parameters learn, {frozen / 1e6:.1f} M are frozen"
@@ -171,10 +176,10 @@ def prepare(settings: Settings, method: "Method", rank: int, device: torch.devic
         say("this CPU has no AVX-512, so bfloat16 is far slower than float32: leave --bf16 out")
     augment = episodes.dataset.augment if settings.augment is None else settings.augment
     clips = Clips(episodes, settings.frames, tuple(settings.size), settings.seed, augment)
-    return model, clips, held_out, saved
+    return model, clips, held_out, saved, claim
 
 
-def start_or_resume(settings: Settings, method: "Method", episodes: Episodes, rank: int,
+def start_or_resume(settings: Settings, method: "Method", episodes: Episodes,
                     device: torch.device) -> tuple[Model, dict | None]:
     """The model, in which what learns requires grad, and the checkpoint that holds it, if any."""
     out = Path(settings.out)
@@ -185,12 +190,6 @@ def start_or_resume(settings: Settings, method: "Method", episodes: Episodes, ra
             parameter.requires_grad_(name in saved["weights"])
     else:
         saved, model = None, method.build(settings, episodes.dataset).to(device)
-        if rank == 0:
-            write_settings(out, asdict(settings) | {"resume": False, "overwrite": False})
-        if rank == 0 and not settings.base:
-            pretrain_autoencoder(model, episodes, settings)
-        if rank == 0 and episodes.dataset.standardise and not settings.passive:
-            measure_actions(model, episodes)
     plain = method.kind is Model and not settings.passive
     if plain and model.action_dim != episodes.dataset.action_dim:
         raise DataError(f"{settings.data} has actions of {episodes.dataset.action_dim} numbers, "
@@ -200,6 +199,18 @@ def start_or_resume(settings: Settings, method: "Method", episodes: Episodes, ra
         if isinstance(layer, nn.Dropout) and settings.dropout is not None:
             layer.p = settings.dropout
     return model, saved
+
+
+def begin_folder(settings: Settings, model: Model, episodes: Episodes, saved: dict | None) -> None:
+    """Write what the run is to be, which holds for the next command as well; what is new in a model
+    that starts is measured and trained here."""
+    if not settings.resume:
+        clear_folder(Path(settings.out))
+    write_settings(Path(settings.out), asdict(settings) | {"resume": False, "overwrite": False})
+    if not saved and not settings.base:
+        pretrain_autoencoder(model, episodes, settings)
+    if not saved and episodes.dataset.standardise and not settings.passive:
+        measure_actions(model, episodes)
 
 
 def build_model(settings: Settings, dataset: DataSet) -> Model:
@@ -283,7 +294,7 @@ def train(settings: Settings, method: Method = WORLD) -> int:
     """Train until settings.steps or until a signal; returns the exit code."""
     keep_freed_memory()
     rank, processes, device = join_processes()
-    model, clips, held_out, saved = prepare(settings, method, rank, device)
+    model, clips, held_out, saved, claim = prepare(settings, method, rank, device)
     start = saved["step"] if saved else 0
     if settings.shard:
         shard(model, settings.bf16)
@@ -291,13 +302,14 @@ def train(settings: Settings, method: Method = WORLD) -> int:
     adamw = AdamWInPieces if settings.shard else torch.optim.AdamW
     optimizer = adamw(parameters, lr=settings.lr, fused=device.type != "mps")
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
+        with reading(f"the optimizer in {settings.out}", CheckpointError):
+            optimizer.load_state_dict(saved["optimizer"])
     trainee = method.loss(model, settings.bf16, settings.weighting).train()
     if processes > 1 and not settings.shard:  # which also hands the first's weights to the others
         trainee = DistributedDataParallel(trainee)
     recorder, validation = None, partial(validate, model, held_out, settings, method.loss)
     if rank == 0 or settings.shard:  # a network in pieces validates and saves with all of them
-        recorder = Recorder(settings, model, optimizer, held_out, validation, start, rank)
+        recorder = Recorder(settings, model, optimizer, held_out, validation, start, claim)
     if settings.bf16:
         halve_frozen(model)
 
@@ -311,11 +323,14 @@ def train(settings: Settings, method: Method = WORLD) -> int:
             optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
             loss, damaged = add_gradients(trainee, model, batches, settings)
             # A rare clip asks for a huge step: its direction is kept, its length is not.
-            clip_gradients(parameters, settings.clip_grad)
-            optimizer.step()
-            optimizer.zero_grad()  # frees the gradients before the next forward pass needs memory
+            length = clip_gradients(parameters, settings.clip_grad)
             # All processes have to leave the loop at the same step, whichever one got the signal.
             loss, stopping = across_processes(loss, bool(stop), device)
+            require_finite(f"step {step + 1}: the loss and the gradient's length", loss + length,
+                           f"{settings.out} keeps its last checkpoint: python train.py --resume "
+                           f"--out {settings.out} --lr {settings.lr / 4:g} goes on from there")
+            optimizer.step()
+            optimizer.zero_grad()  # frees the gradients before the next forward pass needs memory
             if recorder:
                 recorder.record(step + 1, loss, damaged, stopping or step + 1 == settings.steps)
                 bar.set_postfix(recorder.summary())
@@ -327,6 +342,7 @@ def train(settings: Settings, method: Method = WORLD) -> int:
     leave_processes()
     if rank == 0:
         recorder.finish(stopped=bool(stop))
+        claim.release()
     return 128 + stop[0] if stop else 0
 
 

@@ -18,13 +18,15 @@ from dataclasses import Field, field, fields
 from errors import UserError
 
 
-def option(default: object, help: str, type: type | None = None, least: int = 1, **words: object):
+def option(default: object, help: str, type: type | None = None, least: float | None = None,
+           most: float = sys.float_info.max, **words: object):
     """A field of a settings class that becomes `--its-name`; `words` go to `add_argument`.
 
-    least  of a whole number: most of them count something
+    least, most  of a number; if nothing is said, a whole one counts something, so it is at least
+                 1, and any other is finite
     """
-    return field(default=default,
-                 metadata={"help": help, "type": type, "least": least, "words": words})
+    return field(default=default, metadata={"help": help, "type": type, "least": least,
+                                            "most": most, "words": words})
 
 
 def argument(help: str, **words: object):
@@ -52,9 +54,16 @@ def parse(settings_class: type, description: str, argv: Sequence[str] | None = N
         parser.error(f"--seed is {settings.seed}; it must be between 0 and 2^63 - 1")
     for each in fields(settings_class):
         value = getattr(settings, each.name)
-        if each.metadata and type(value) is int and value < each.metadata["least"]:
-            parser.error(f"--{each.name.replace('_', '-')} is {value}; it must be at least "
-                         f"{each.metadata['least']}")
+        if not each.metadata or "place" in each.metadata:
+            continue
+        least, most = each.metadata["least"], each.metadata["most"]
+        if least is None:
+            least = 1 if type(value) is int else -sys.float_info.max
+        numbers = value if isinstance(value, list) else [value]
+        if not all(least <= number <= most for number in numbers if type(number) in (int, float)):
+            bounds = f"at least {least}" if least > -sys.float_info.max else "a finite number"
+            bounds += f" and at most {most}" if most < sys.float_info.max else ""
+            parser.error(f"--{each.name.replace('_', '-')} is {value}; it must be {bounds}")
     if complete:
         try:
             complete(settings)
@@ -79,8 +88,16 @@ def add_option(parser: argparse.ArgumentParser, setting: Field, default: object)
                         help=(setting.metadata["help"] + shown).replace("%", "%%"), **words)
 
 
+def write_utf8() -> None:
+    """Whatever this machine's code page is, and whatever bytes a file's name has."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def command(name: str, work: Callable[[], int | None]) -> int:
     """Do the work; returns the exit code: 2 for what a user can mend, 130 for Ctrl-C."""
+    write_utf8()
     try:
         return work() or 0
     except (UserError, OSError) as error:

@@ -88,7 +88,7 @@ class Settings:
     bf16: bool = option(False, "train in bfloat16")
     episodes: int = option(32, "held-out episodes to imagine")
     denoising_steps: int = option(10, "of every sampler")
-    weight: float = option(1.0, "of the classifier's gradient")
+    weight: float = option(1.0, "of the classifier's gradient", least=0)
     quick: bool = option(False, "one seed and 10 steps: minutes, and not to be believed")
     out: str | None = option(None, "folder for runs and the table; if left out, runs/baselines, "
                                    "and for --quick runs/baselines_quick")
@@ -269,7 +269,7 @@ def run(settings: Settings) -> None:
     if "language-conditioned" in settings.rows:
         lines += ["", language_line(settings, held_out, reader, directions(training))]
     print("\n" + "\n".join(lines))
-    (Path(settings.out) / "baselines.md").write_text("\n".join(lines) + "\n")
+    (Path(settings.out) / "baselines.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"one episode, as each imagines it: {save_example(settings, held_out)}")
 
 

@@ -161,7 +161,7 @@ class Settings(WorldSettings):
                                    nargs="+")
     guidance_levels: list[list[int]] | None = option(
         None, "LOW HIGH, once or several times: rows for each; if left out, the checkpoint's",
-        type=int, nargs=2,
+        type=int, nargs=2, least=0,
         action="append", metavar=("LOW", "HIGH"))
     own: bool = option(False, "own actions alone: a third of the time")
     out: str = option("evaluations/controllability", "folder for the pictures")

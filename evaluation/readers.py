@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import require_finite
 from model.vid2world import to_pixels
 
 
@@ -53,5 +54,6 @@ def fit(reader: FrameReader, frames: np.ndarray, targets: np.ndarray, steps: int
         loss = F.smooth_l1_loss(reader(pixels), wanted[picked], beta=0.1)
         optimizer.zero_grad()
         loss.backward()
+        require_finite("the loss of a reader of frames", loss.item())
         optimizer.step()
         yield step + 1

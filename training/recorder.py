@@ -8,11 +8,12 @@ import torch
 from tqdm import tqdm
 
 from data import Episodes, fit_frames
-from errors import DataError
+from dynamicrafter.checkpoint import is_finite
+from errors import DataError, DivergedError
 from model.saving import frozen_weights, save, trained_weights
 from model.vid2world import Model
 from sample import WorldModel, rollout
-from training.run_folder import Log
+from training.run_folder import Claim, Log
 from training.settings import Settings
 from training.sharding import gather
 from viewing.pictures import save_strip
@@ -27,9 +28,11 @@ class Recorder:
     """
 
     def __init__(self, settings: Settings, model: Model, optimizer: torch.optim.Optimizer,
-                 held_out: Episodes, validate: Callable[[], float], start: int, rank: int = 0):
+                 held_out: Episodes, validate: Callable[[], float], start: int,
+                 claim: Claim | None):
         self.settings, self.model, self.optimizer = settings, model, optimizer
-        self.held_out, self.validate, self.writes = held_out, validate, rank == 0
+        self.held_out, self.validate = held_out, validate
+        self.claim, self.writes = claim, claim is not None
         self.out, self.start, self.began = Path(settings.out), start, time.monotonic()
         self.damaged: set[str] = set()
         if start == 0:
@@ -48,6 +51,7 @@ class Recorder:
 
         held_out = self.validate() if due(settings.val_every) else None
         if self.writes:
+            self.claim.check()
             for message in sorted(set(damaged) - self.damaged):
                 tqdm.write(f"skipped: {message}")
             self.damaged |= set(damaged)
@@ -73,6 +77,11 @@ class Recorder:
         weights, state = gather(trained_weights(model)), self.optimizer.state_dict()
         if not self.writes:
             return
+        for name, weight in weights.items():
+            if not is_finite(weight):
+                raise DivergedError(f"step {step}: {name} holds numbers that are not finite; "
+                                    f"{self.out} keeps its last checkpoint. A smaller learning "
+                                    "rate may help")
         root = settings.root and str(Path(settings.root).resolve())
         save(self.out / "checkpoint.pt", {
             "config": asdict(model.config), "sampling": model.sampling,

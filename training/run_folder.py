@@ -1,5 +1,6 @@
 """The folder of a training run: whether it may be written to, settings, log, loss curve."""
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from errors import DataError
 from viewing.pictures import save_curves
 
-SETTINGS = "arguments.json"
+SETTINGS, LOCK = "arguments.json", ".claimed"
 
 
 class Log:
@@ -15,13 +16,15 @@ class Log:
 
     def __init__(self, folder: Path, start: int):
         self.path, self.picture = folder / "log.jsonl", folder / "loss.png"
-        lines = self.path.read_text().splitlines(keepends=True)[:start] if start else []
+        lines = []
+        if start:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[:start]
         self.rows = [json.loads(line) for line in lines]
-        self.path.write_text("".join(lines))
+        self.path.write_text("".join(lines), encoding="utf-8")
 
     def write(self, step: int, loss: float, val: float | None) -> None:
         self.rows.append({"step": step, "loss": loss} | ({} if val is None else {"val": val}))
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
 
     def summary(self) -> dict[str, str]:
@@ -38,17 +41,47 @@ class Log:
                     "step")
 
 
+class Claim:
+    """A run folder is one process's as long as that runs: by a lock on a file in it, which ends
+    with the process, however it ends. Raises DataError if another has it."""
+
+    def __init__(self, out: Path):
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / LOCK
+        self.file = open(self.path, "ab")
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(self.file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise DataError(f"another process trains in {out}: --out names another folder"
+                            ) from None
+        except OSError:
+            pass  # a file system without locks
+
+    def check(self) -> None:
+        """Raises DataError if the folder was put aside or replaced while its run goes on."""
+        there = self.path.exists() and os.path.samestat(os.stat(self.path),
+                                                        os.fstat(self.file.fileno()))
+        if not there:
+            raise DataError(f"{self.path.parent} was removed or replaced while this run wrote to "
+                            "it: it stops here")
+
+    def release(self) -> None:
+        self.file.close()
+
+
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to resume what is no run, and to write over files; clear a run if told to."""
+    """Refuse to resume what is no run, and to write over files. Raises DataError."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; --out names a folder")
-    content = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if resume:
-        if SETTINGS not in content:
-            raise DataError(f"there is no run in {out} to resume; --out names the folder of the "
-                            "run")
-        return
-    if not content:
+    content = sorted({path.name for path in out.iterdir()} - {LOCK}) if out.exists() else []
+    if resume and SETTINGS not in content:
+        raise DataError(f"there is no run in {out} to resume; --out names the folder of the run")
+    if resume or not content:
         return
     if SETTINGS not in content:
         raise DataError(f"{out} holds other files ({', '.join(content[:3])}, …); --out names a "
@@ -56,6 +89,10 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
     if not overwrite:
         raise DataError(f"{out} holds a run: --resume goes on with it, --overwrite starts anew, "
                         "--out names another folder")
+
+
+def clear_folder(out: Path) -> None:
+    """Remove an earlier run."""
     for pattern in ("*.pt", "*.partial", "*.png", "log.jsonl", SETTINGS):
         for path in out.glob(pattern):
             path.unlink()
@@ -64,7 +101,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
 def read_settings(out: Path) -> dict:
     """The settings of a run, by name. Raises DataError."""
     try:
-        settings = json.loads((out / SETTINGS).read_text())
+        settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"there is no run in {out} to resume ({error})") from None
     if not isinstance(settings, dict):
@@ -74,4 +111,4 @@ def read_settings(out: Path) -> dict:
 
 def write_settings(out: Path, settings: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / SETTINGS).write_text(json.dumps(settings, indent=1))
+    (out / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")

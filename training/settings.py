@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from causal_conv import TRANSFER_METHODS
 from commands import option, parse
 from data import DATA_SETS, open_episodes
-from errors import RequestError
+from errors import RequestError, reading
 from model.saving import TINY_BASE, preset_of
 from model.vid2world import PRESETS, ModelConfig
 from temporal.norm import NORM_SCOPES
@@ -37,7 +38,7 @@ class Settings:
     overwrite: bool = option(False, "start anew in a folder that holds a run")
     steps: int = option(100_000, "training steps")
     batch: int = option(8, "clips per process and forward pass")
-    lr: float = option(1e-5, "learning rate")
+    lr: float = option(1e-5, "learning rate", least=1e-12, most=1000)
     cooldown: int = option(0, "steps at the end over which it falls to zero", least=0)
     bf16: bool | None = option(None, "compute in bfloat16; if left out, on CUDA", type=bool)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
@@ -98,8 +99,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
         base = known.base or bundled
         preset = preset_of(base) if base else "tiny"
         defaults = {"base": base, "preset": preset} | (LAPTOP if PRESETS[preset].small else {})
-    return parse(Settings, "Post-train a world model on robot episodes.", argv, complete,
-                 **defaults)
+    # a resumed run's settings come from a file
+    with reading(f"the settings in {known.out}") if known.resume else nullcontext():
+        return parse(Settings, "Post-train a world model on robot episodes.", argv, complete,
+                     **defaults)
 
 
 def complete(settings: Settings) -> None:

@@ -132,12 +132,13 @@ class AdamWInPieces(torch.optim.AdamW):
         return distribute_tensor(value, whole.device_mesh, whole.placements).to_local()
 
 
-def clip_gradients(parameters: list[nn.Parameter], longest: float) -> None:
-    """Keep the direction of the gradient and limit its length, that of all pieces together."""
+def clip_gradients(parameters: list[nn.Parameter], longest: float) -> float:
+    """Keep the direction of the gradient and limit its length, that of all pieces together; gives
+    the length that it had."""
     if fully_shard is None or not isinstance(parameters[0], DTensor):
-        nn.utils.clip_grad_norm_(parameters, longest)
-        return
+        return nn.utils.clip_grad_norm_(parameters, longest).item()
     pieces = [parameter.grad.to_local() for parameter in parameters if parameter.grad is not None]
     length = torch.stack(torch._foreach_norm(pieces)).square().sum()
     dist.all_reduce(length)
     torch._foreach_mul_(pieces, (longest / (length.sqrt() + 1e-6)).clamp(max=1))
+    return length.sqrt().item()

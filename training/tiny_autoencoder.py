@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from errors import require_finite
+
 
 def fit_autoencoder(autoencoder: nn.Module, batches: Iterable[Tensor], steps: int,
                     bf16: bool = False, decoder_only: bool = False) -> nn.Module:
@@ -47,6 +49,7 @@ def fit_autoencoder(autoencoder: nn.Module, batches: Iterable[Tensor], steps: in
         optimizer.zero_grad()
         (error + 1e-5 * divergence).backward()
         nn.utils.clip_grad_norm_(learn, 1.0)
+        require_finite("the loss of the autoencoder", error.item())
         optimizer.step()
         schedule.step()
         bar.set_postfix_str(f"{10 * math.log10(4 / error.item()):.1f} dB")

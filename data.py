@@ -45,7 +45,7 @@ from episodes.frames import augment, cut_bars, fit_frames
 from episodes.images import decode_all
 from episodes.index import choose_split, find_files, list_files, load_index
 from episodes.own import describe_folder, mention_bare
-from errors import DataError
+from errors import DataError, reading
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,9 @@ class Episode:
         """Frames start .. stop-1, uint8 [T, H, W, 3], and their actions float32 [T, A]."""
         images, actions = self.open(start, stop)
         try:
-            return decode_all(images), actions
-        except (DataError, OSError) as error:
+            with reading(self.path):
+                return decode_all(images), actions
+        except DataError as error:
             raise DataError(f"episode {self.name} is damaged: {error}") from None
 
     def feature(self, name: str) -> np.ndarray:
@@ -192,15 +193,16 @@ class Episode:
         """The pictures as they are stored, to be read one by one, and the actions."""
         dataset = self.dataset
         try:
-            images, actions = format_of(self.path).read(
-                self.path, self.offset, self.size, dataset.image, dataset.actions, start, stop)
+            with reading(self.path):
+                images, actions = format_of(self.path).read(
+                    self.path, self.offset, self.size, dataset.image, dataset.actions, start, stop)
             if actions.shape[1] != dataset.action_dim:
                 raise DataError(f"its actions have {actions.shape[1]} numbers, not "
                                 f"{dataset.action_dim}")
             if not np.isfinite(actions).all():
                 raise DataError("an action is not a finite number")
             return images, actions
-        except (DataError, OSError) as error:
+        except DataError as error:
             raise DataError(f"episode {self.name} is damaged: {error}") from None
 
 
@@ -257,7 +259,7 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
                          lambda path: format_of(path).index(
                              path, dataset.image, dataset.actions))
 
-    records = choose_split(paths, records, split, dataset.held_out, dataset.protocol)
+    records = choose_split(paths, records, split, dataset.held_out, dataset.protocol, min_length)
     lengths = records[:, 4]
     whole = Episodes(dataset, paths, records)
     damaged = [complain(whole[i]) for i in np.flatnonzero(lengths < 0)[:3]]

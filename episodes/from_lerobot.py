@@ -8,10 +8,13 @@ v2.1 has a parquet file and a video per episode and camera. v3 has many episodes
 meta/episodes/ says where each begins. Pictures may also lie in the table itself.
 """
 import json
+import math
+import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,8 @@ import numpy as np
 from commands import argument, command, option, parse
 from episodes.video import frames_at, import_av
 from episodes.writing import Source, rows_of, write_episodes
-from errors import DataError
+from errors import DataError, UserError, reading
+from support.schema import conform
 
 
 @dataclass
@@ -41,30 +45,67 @@ def import_pyarrow():
 @lru_cache(maxsize=2)
 def read_table(path: Path):
     """A parquet file. Episodes of one file come one after the other, so the last is kept."""
-    try:
+    with reading(path):
         return import_pyarrow().read_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-        raise DataError(f"{path.name} is no readable parquet file ({error})") from None
 
 
-def read_info(src: Path) -> dict:
+@dataclass(frozen=True)
+class Feature:
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    names: object = None
+
+
+@dataclass(frozen=True)
+class Info:
+    """Of meta/info.json, what is read here."""
+    codebase_version: str
+    features: dict[str, Feature]
+    fps: float
+    chunks_size: int = 1000
+    data_path: str = ""
+    video_path: str | None = None
+
+
+BOUNDS = {"fps": (1e-3, 1000), "chunks_size": (1, 2**31), "length": (1, 2**31),
+          "episode_index": (0, 2**40), "chunk_index": (0, 2**31), "file_index": (0, 2**31),
+          "from_timestamp": (0, 1e9), "to_timestamp": (0, 1e9)}
+
+
+def read_info(src: Path) -> Info:
+    path = src / "meta" / "info.json"
     try:
-        info = json.loads((src / "meta" / "info.json").read_text())
-        version, features, _ = info["codebase_version"], info["features"], info["fps"] + 0
-        if not all(isinstance(feature, dict) for feature in features.values()):
-            raise ValueError("features is no table of features")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{src} is no LeRobot data set: its meta/info.json cannot be read "
-                        f"({error})") from None
-    if version not in ("v2.0", "v2.1", "v3.0"):
-        raise DataError(f"{src} is LeRobot {version}; v2.1 and v3.0 are read")
+        with reading(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+        info = conform(Info, content, "", BOUNDS, spare=True)
+    except UserError as error:
+        raise DataError(f"{src} is no LeRobot data set: its meta/info.json cannot be used: {error}"
+                        ) from None
+    if info.codebase_version not in ("v2.0", "v2.1", "v3.0"):
+        raise DataError(f"{src} is LeRobot {info.codebase_version!r:.40}; v2.1 and v3.0 are read")
     return info
 
 
-def choose_camera(info: dict, wanted: str | None) -> str:
+def place(src: Path, template: str | None, **values: object) -> Path:
+    """A path below `src` from a template such as "data/chunk-{chunk_index:03d}/…". It is a
+    stranger's: `str.format` would obey it. Raises DataError for one that leads elsewhere."""
+    def value(match: re.Match) -> str:
+        name, width = match.groups()
+        if name not in values:
+            raise DataError(f"meta/info.json has a path with {{{name}}}; known are "
+                            f"{', '.join(values)}")
+        return str(values[name]).zfill(int(width or 0))
+
+    path = Path(re.sub(r"\{(\w+)(?::0?(\d{1,2})d)?\}", value, template or ""))
+    if path.is_absolute() or ".." in path.parts or path == Path():
+        raise DataError(f"{str(path)!r:.80} is no path inside of the data set")
+    return src / path
+
+
+def choose_camera(info: Info, wanted: str | None) -> str:
     """The key of a camera, from the end of its name. Raises DataError."""
-    cameras = [key for key, feature in info["features"].items()
-               if feature.get("dtype") in ("video", "image")]
+    cameras = [key for key, feature in info.features.items()
+               if feature.dtype in ("video", "image")]
     if wanted is None and len(cameras) > 1:
         print(f"cameras: {', '.join(cameras)}; taking the first (--camera takes another)")
     chosen = [key for key in cameras if wanted is None or key == wanted
@@ -74,56 +115,77 @@ def choose_camera(info: dict, wanted: str | None) -> str:
     return chosen[0]
 
 
-def list_episodes(src: Path, info: dict, camera: str) -> list[dict]:
+def list_episodes(src: Path, info: Info, camera: str) -> list[dict]:
     """For each episode: index, length, the path of its table, of its video (None: the pictures lie
     in the table), and where in that video it begins and ends (None: with the file). Raises
     DataError."""
+    list_them = list_v3 if info.codebase_version == "v3.0" else list_v2
     try:
-        if info["codebase_version"] == "v3.0":
-            return list_v3(src, info, camera)
-        return list_v2(src, info, camera)
-    except DataError:
-        raise
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"the list of episodes in {src / 'meta'} cannot be read ({error})"
-                        ) from None
+        with reading("the list of episodes"):
+            return list_them(src, info, camera)
+    except UserError as error:
+        raise DataError(f"the list of episodes in {src / 'meta'} cannot be used: {error}") from None
 
 
-def list_v2(src: Path, info: dict, camera: str) -> list[dict]:
-    episodes, filmed = [], info["features"][camera]["dtype"] == "video"
-    for row in map(json.loads, (src / "meta" / "episodes.jsonl").read_text().splitlines()):
-        place = {"episode_index": row["episode_index"], "video_key": camera,
-                 "episode_chunk": row["episode_index"] // info["chunks_size"]}
+def list_v2(src: Path, info: Info, camera: str) -> list[dict]:
+    episodes, filmed = [], info.features[camera].dtype == "video"
+    path = src / "meta" / "episodes.jsonl"
+    with reading(path):  # a line ends with "\n" alone: other ends of lines may be in a task
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+    for row in rows:
+        index, length = (conform(int, row.get(name), name, BOUNDS)
+                         for name in ("episode_index", "length"))
+        words = {"episode_index": index, "video_key": camera,
+                 "episode_chunk": index // info.chunks_size}
         episodes.append({
-            "index": row["episode_index"], "length": row["length"],
-            "table": src / info["data_path"].format(**place),
-            "video": src / info["video_path"].format(**place) if filmed else None,
+            "index": index, "length": length, "table": place(src, info.data_path, **words),
+            "video": place(src, info.video_path, **words) if filmed else None,
             "begin": None, "end": None})
     return episodes
 
 
-def list_v3(src: Path, info: dict, camera: str) -> list[dict]:
-    episodes, filmed = [], info["features"][camera]["dtype"] == "video"
-    files = sorted((src / "meta" / "episodes").rglob("*.parquet"))
+def list_v3(src: Path, info: Info, camera: str) -> list[dict]:
+    episodes, filmed = [], info.features[camera].dtype == "video"
+    files = sorted(path for path in (src / "meta" / "episodes").rglob("*.parquet")
+                   if not path.name.startswith("."))
     for row in (row for file in files for row in read_table(file).to_pylist()):
-        def path(template: str, column: str, row: dict = row) -> Path:
-            return src / info[template].format(
-                video_key=camera, chunk_index=row[f"{column}/chunk_index"],
-                file_index=row[f"{column}/file_index"])
+        def number(name: str, kind: type = int, row: dict = row) -> float:
+            return conform(kind, row.get(name), name.rpartition("/")[2], BOUNDS)
+
+        def path(template: str | None, column: str, number: Callable = number) -> Path:
+            return place(src, template, video_key=camera,
+                         chunk_index=number(f"{column}/chunk_index"),
+                         file_index=number(f"{column}/file_index"))
 
         video = f"videos/{camera}"
         episodes.append({
-            "index": row["episode_index"], "length": row["length"],
-            "table": path("data_path", "data"),
-            "video": path("video_path", video) if filmed else None,
-            "begin": row[f"{video}/from_timestamp"] if filmed else None,
-            "end": row[f"{video}/to_timestamp"] if filmed else None})
+            "index": number("episode_index"), "length": number("length"),
+            "table": path(info.data_path, "data"),
+            "video": path(info.video_path, video) if filmed else None,
+            "begin": number(f"{video}/from_timestamp", float) if filmed else None,
+            "end": number(f"{video}/to_timestamp", float) if filmed else None})
+    mark_overlaps(episodes, 0.5 / info.fps)
     return episodes
+
+
+def mark_overlaps(episodes: list[dict], most: float) -> None:
+    """Two episodes cannot have the same stretch of a video: neither is taken, for one of them has
+    the other's pictures."""
+    filmed = sorted((episode for episode in episodes if episode["video"]),
+                    key=lambda episode: (episode["video"], episode["begin"]))
+    for first, second in pairwise(filmed):
+        if first["video"] == second["video"] and second["begin"] < first["end"] - most:
+            for one, other in ((first, second), (second, first)):
+                one["fault"] = (f"it claims the same stretch of {one['video'].name} as episode "
+                                f"{other['index']}")
 
 
 def read_episode(src: Path, episode: dict, camera: str, action: str, fps: float
                  ) -> tuple[Iterable, np.ndarray]:
     """The pictures and the actions of an episode. Raises DataError where the two do not match."""
+    if "fault" in episode:
+        raise DataError(episode["fault"])
     table = read_table(episode["table"])
     for name in ("episode_index", "frame_index", "timestamp", action):
         if name not in table.column_names:
@@ -134,10 +196,8 @@ def read_episode(src: Path, episode: dict, camera: str, action: str, fps: float
     if T != episode["length"] or table["frame_index"].to_pylist() != list(range(T)):
         raise DataError(f"its table has {T} rows and should have {episode['length']}, numbered "
                         "from 0")
-    try:
+    with reading(action):  # rows of different lengths, for instance
         actions = rows_of([np.stack(table[action].to_numpy())])
-    except ValueError:  # rows of different lengths
-        raise DataError(f"{action} has rows of different lengths") from None
     if camera in table.column_names:
         return (read_picture(src, picture) for picture in table[camera].to_pylist()), actions
     if episode["video"] is None:
@@ -152,39 +212,41 @@ def read_episode(src: Path, episode: dict, camera: str, action: str, fps: float
 def read_picture(src: Path, picture: dict) -> bytes:
     if picture.get("bytes"):
         return picture["bytes"]
-    try:
-        return (src / picture["path"]).read_bytes()
-    except (OSError, TypeError, KeyError) as error:
-        raise DataError(f"a picture cannot be read ({error})") from None
+    path = place(src, picture["path"])
+    with reading(path):
+        return path.read_bytes()
 
 
-def number_names(feature: dict) -> list[str]:
+def number_names(feature: Feature) -> list[str]:
     """Names of the numbers in a feature, where it has one for each."""
-    names = feature.get("names") or []
-    if isinstance(names, dict):  # {"motors": [...]}
-        names = [name for part in names.values() for name in part]
-    width = int(np.prod(feature.get("shape", [0])))
-    return list(names) if len(set(map(str, names))) == width else []
+    names = feature.names
+    if isinstance(names, dict) and all(type(place) is int for place in names.values()):
+        names = sorted(names, key=names.get)  # {"dx": 0, "dy": 1}
+    elif isinstance(names, dict):  # {"motors": [...]}
+        names = [name for part in names.values() if isinstance(part, list) for name in part]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return []
+    return names if len(set(names)) == len(names) == math.prod(feature.shape) else []
 
 
 def convert(settings: Settings) -> None:
     src = Path(settings.src).expanduser()
     info = read_info(src)
     camera = choose_camera(info, settings.camera)
-    if settings.action not in info["features"]:
-        raise DataError(f"there is no {settings.action!r}; there are "
-                        f"{', '.join(info['features'])}")
+    if settings.action not in info.features:
+        raise DataError(f"there is no {settings.action!r}; there are {', '.join(info.features)}")
     import_pyarrow()
-    if info["features"][camera]["dtype"] == "video":
+    if info.features[camera].dtype == "video":
         import_av()
     episodes = list_episodes(src, info, camera)
     sources: Iterable[Source] = (
         (f"episode_{episode['index']:06d}",
-         partial(read_episode, src, episode, camera, settings.action, info["fps"]))
+         partial(read_episode, src, episode, camera, settings.action, info.fps))
         for episode in episodes)
-    names = number_names(info["features"][settings.action])
-    said = {"fps": info["fps"]} | ({"names": names} if names else {})
-    write_episodes(sources, len(episodes), Path(settings.dst), said)
+    names = number_names(info.features[settings.action])
+    said = {"fps": info.fps} | ({"names": names} if names else {})
+    origin = {"src": str(src.resolve()), "camera": camera, "action": settings.action}
+    write_episodes(sources, len(episodes), Path(settings.dst), said, origin)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

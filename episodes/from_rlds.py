@@ -7,7 +7,7 @@ A feature that is not there is answered with the names of those that are. The da
 `data.DATA_SETS` need no conversion.
 """
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from episodes.tfrecord import (
     read_record,
     walk_records,
 )
-from episodes.writing import Source, rows_of, write_episodes
-from errors import DataError, RequestError
+from episodes.writing import rows_of, write_episodes
+from errors import DataError, RequestError, reading
 
 
 @dataclass
@@ -37,11 +37,26 @@ class Settings:
     fps: float | None = option(None, "frames per second, which RLDS does not say", type=float)
 
 
-def list_episodes(shards: list[Path], image: str, actions: list[str]) -> Iterator[Source]:
+# Features of RLDS with one number for every step.
+PER_STEP = ("steps/is_first", "steps/is_last", "steps/is_terminal", "steps/reward",
+            "steps/discount")
+
+
+def list_records(shards: list[Path]) -> list[tuple[Path, int, int, int]]:
+    """Path, number, offset and size of every record. A shard that is damaged is named and left out.
+    Raises DataError if all are."""
+    records, complaints = [], []
     for path in shards:
-        for number, (offset, size, _) in enumerate(walk_records(path)):
-            yield (f"{path.name.replace('.tfrecord', '')}_{number:05d}",
-                   partial(read_episode, path, offset, size, image, actions))
+        try:
+            with reading(path):
+                records += [(path, number, offset, size)
+                            for number, (offset, size, _) in enumerate(walk_records(path))]
+        except DataError as error:
+            complaints.append(str(error))
+            print(f"left out: {error}")
+    if not records:
+        raise DataError("; ".join(complaints[:3]) or "the shards hold no records")
+    return records
 
 
 def read_episode(path: Path, offset: int, size: int, image: str, actions: list[str]
@@ -49,6 +64,10 @@ def read_episode(path: Path, offset: int, size: int, image: str, actions: list[s
     """The encoded pictures and the actions of a record. Raises DataError if they do not match."""
     example = parse_example(read_record(path, offset, size))
     pictures, columns = feature_bytes(example, image), []
+    for name in PER_STEP:
+        if name in example and len(feature_numbers(example, name)) != len(pictures):
+            raise DataError(f"it has {len(pictures)} pictures in {image}, and "
+                            f"{len(feature_numbers(example, name))} steps ({name})")
     for name in actions:
         column = feature_numbers(example, name)
         if not len(pictures) or not len(column) or len(column) % len(pictures):
@@ -63,13 +82,19 @@ def convert(settings: Settings) -> None:
     src = Path(settings.src).expanduser()
     shards = find_files(src, list_files(src), "", r"\.tfrecord(-\d+-of-\d+)?$",
                         "TFRecord files (*.tfrecord-*)")
-    first = parse_example(next(walk_records(shards[0]))[2])
+    records = list_records(shards)
+    path, _, offset, size = records[0]
+    with reading(path):
+        first = parse_example(read_record(path, offset, size))
     for name in [name for name in (settings.image, *settings.action) if name not in first]:
         steps = sorted(feature for feature in first if feature.startswith("steps/"))
         raise DataError(f"there is no feature {name!r}; a step has {', '.join(steps)}")
-    total = sum(1 for path in shards for _ in walk_records(path))
-    write_episodes(list_episodes(shards, settings.image, list(settings.action)), total,
-                   Path(settings.dst), {"fps": settings.fps} if settings.fps else {})
+    sources = (("_".join(path.relative_to(src).parts).replace(".tfrecord", "") + f"_{number:05d}",
+                partial(read_episode, path, offset, size, settings.image, list(settings.action)))
+               for path, number, offset, size in records)
+    origin = {"src": str(src.resolve()), "image": settings.image, "action": list(settings.action)}
+    write_episodes(sources, len(records), Path(settings.dst),
+                   {"fps": settings.fps} if settings.fps else {}, origin)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

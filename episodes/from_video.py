@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from commands import argument, command, parse
+from episodes.index import list_files
 from episodes.video import all_frames, frame_rate, frames_at, import_av
 from episodes.writing import write_episodes
-from errors import DataError
+from errors import DataError, reading
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 TIME = "timestamp"
@@ -36,11 +37,9 @@ class Settings:
 
 def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
     """Names of the columns (none, if the first line has numbers) and float64 [T, columns]."""
-    try:
-        with open(path, newline="") as file:
-            lines = [line for line in csv.reader(file) if line]
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{path.name} cannot be read ({error})") from None
+    # "-sig": Excel begins a file with a byte order mark, which belongs to no column
+    with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
+        lines = [line for line in csv.reader(file) if line]
     names = []
     if lines and not all(map(is_number, lines[0])):
         names = [name.strip() for name in lines.pop(0)]
@@ -88,16 +87,29 @@ def read_episode(video: Path, names: list[str]) -> tuple[Iterable, np.ndarray]:
 def convert(settings: Settings) -> None:
     src = Path(settings.src).expanduser()
     import_av()
-    videos = sorted(path for path in src.rglob("*") if path.suffix.lower() in VIDEOS)
+    videos = [Path(folder) / name for folder, names in list_files(src) for name in sorted(names)
+              if Path(name).suffix.lower() in VIDEOS]
     tables = [path for path in videos if path.with_suffix(".csv").exists()]
     if not tables:
         raise DataError(f"{src} holds no video with a table beside it (episode.mp4, episode.csv)")
-    names, _ = read_csv(tables[0].with_suffix(".csv"))
+    names, fps = read_first(tables)
     numbers = [name for name in names if name != TIME]
-    info = {"fps": frame_rate(tables[0])} | ({"names": numbers} if numbers else {})
+    info = {"fps": fps} | ({"names": numbers} if numbers else {})
     sources = (("_".join(video.relative_to(src).with_suffix("").parts),
                 partial(read_episode, video, names)) for video in videos)
-    write_episodes(sources, len(videos), Path(settings.dst), info)
+    write_episodes(sources, len(videos), Path(settings.dst), info, {"src": str(src.resolve())})
+
+
+def read_first(videos: list[Path]) -> tuple[list[str], float]:
+    """The columns' names and the frame rate of the first episode that can be read. Raises
+    DataError."""
+    complaints = []
+    for video in videos:
+        try:
+            return read_csv(video.with_suffix(".csv"))[0], frame_rate(video)
+        except DataError as error:
+            complaints.append(str(error))
+    raise DataError("; ".join(complaints[:3]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

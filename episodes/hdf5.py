@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from episodes.npz import Actions
-from errors import DataError
+from errors import DataError, reading
+
+LARGEST = 2**26  # numbers in a frame
 
 
 def open_file(path: Path):
@@ -29,14 +31,13 @@ def index(path: Path, image: str, actions: Actions) -> list[tuple[int, int, int]
         with open_file(path) as file:
             names = set(file)
             frames = sum(name.startswith("frame_") and name.endswith("_x") for name in names)
-            width = file["frame_0_y"].shape[0] if "frame_0_y" in names else 0
-    except (OSError, RuntimeError):
+            shapes = {file[f"frame_{i}_y"].shape for i in range(frames)}
+    except (OSError, RuntimeError, KeyError, AttributeError):
         return [(0, 0, -1)]
-    if not frames or width != sum(numbers for _, numbers in actions):
+    if not frames or not any(len(shape) == 1 for shape in shapes):
         raise DataError(f"{path} does not hold this data set: expected frame_0_x, frame_0_y, … "
                         "with actions of 51 numbers")
-    whole = all(f"frame_{i}_{what}" in names for i in range(frames) for what in "xy")
-    return [(0, frames, frames if whole else -1)]
+    return [(0, frames, frames if shapes == {(sum(width for _, width in actions),)} else -1)]
 
 
 def read(path: Path, offset: int, size: int, image: str, actions: Actions, start: int, stop: int
@@ -45,14 +46,18 @@ def read(path: Path, offset: int, size: int, image: str, actions: Actions, start
     their actions float32 [T, 51]. Raises DataError."""
     numbers = range(offset + start, offset + stop)
     taken = np.stack(list(read_each(path, [f"frame_{i}_y" for i in numbers])))
+    if taken.dtype.kind not in "buif" or taken.ndim != 2:
+        raise DataError(f"its actions are {taken.dtype} {list(taken.shape[1:])}")
     frames = (frame[..., ::-1] for frame in read_each(path, [f"frame_{i}_x" for i in numbers]))
     return frames, taken.astype(np.float32)
 
 
 def read_each(path: Path, names: list[str]) -> Iterator[np.ndarray]:
-    try:
-        with open_file(path) as file:
-            for name in names:
-                yield file[name][()]
-    except (OSError, RuntimeError, KeyError) as error:
-        raise DataError(f"it is no readable HDF5 file ({error})") from None
+    """Data sets one by one. Raises DataError, also for one that would read another file."""
+    with reading(path), open_file(path) as file:
+        for name in names:
+            link, found = file.get(name, getlink=True), file[name]
+            elsewhere = hasattr(link, "path") or found.external or found.is_virtual
+            if elsewhere or found.size > LARGEST:
+                raise DataError(f"{name} lies in another file, or is no frame and no action")
+            yield found[()]

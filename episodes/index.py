@@ -36,7 +36,9 @@ def list_files(root: Path) -> Listing:
             below.clear()
             continue
         visited.add((stat.st_dev, stat.st_ino))
-        listing.append((folder, names))
+        # hidden: what a Mac leaves beside files (._x), what a conversion has left half done
+        below[:] = [name for name in below if not name.startswith(".")]
+        listing.append((folder, [name for name in names if not name.startswith(".")]))
     return listing
 
 
@@ -109,7 +111,12 @@ def load_index(name: str, root: Path, paths: list[Path],
     changed = [i for i, name in enumerate(names) if known.get(name, (None,))[0] != stamps[i]]
     try:
         for i in tqdm(changed, desc="indexing", unit="file", disable=len(changed) < 20):
-            rows = np.array(index_file(paths[i]), dtype=np.int64).reshape(-1, 3)
+            try:
+                rows = np.array(index_file(paths[i]), dtype=np.int64).reshape(-1, 3)
+            except DataError:
+                raise
+            except Exception:  # damaged in a way of its own: the others are used
+                rows = np.array([[0, 0, -1]])
             known[names[i]] = stamps[i], rows
     finally:  # keep what is known even if a later file is damaged or the user has lost patience
         if changed:
@@ -146,12 +153,14 @@ def write_kept(path: Path, known: dict[str, tuple[tuple[int, int], np.ndarray]])
 
 
 def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: int,
-                 protocol: Path | None = None) -> np.ndarray:
+                 protocol: Path | None = None, min_length: int = 1) -> np.ndarray:
     """The rows of the index that belong to a split, "train", "val" or "all".
 
-    held_out  episodes, at most an eighth of all, unless files named -val or -test are held out, or
-              the protocol names some
-    protocol  file with lines of a held-out file's name and the frame at which its episode begins
+    held_out    episodes, at most an eighth of all, unless files named -val or -test are held out,
+                or the protocol names some
+    protocol    file with lines of a held-out file's name and the frame at which its episode begins
+    min_length  only episodes of so many frames are held out. What is held out among all is so
+                among the long ones too
 
     Raises DataError for another split.
     """
@@ -169,9 +178,10 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
         validation = begin[records[:, 0]] >= 0
     else:
         names = [episode_name(paths[file], number) for file, number in records[:, :2].tolist()]
-        keys = [hashlib.sha256(name.encode()).digest() for name in names]
-        order = sorted(range(len(records)), key=keys.__getitem__)
-        held_out = min(held_out, max(len(records) // 8, int(len(records) > 1)))
+        keys = [hashlib.sha256(os.fsencode(name)).digest() for name in names]
+        whole, usable = records[:, 4] > 0, records[:, 4] >= max(min_length, 1)
+        order = sorted(np.flatnonzero(usable).tolist(), key=keys.__getitem__)
+        held_out = min(held_out, max(whole.sum() // 8, 1), max(len(order) - 1, 0))
         validation = np.zeros(len(records), bool)
         validation[order[:held_out]] = True
     chosen = records[validation if split == "val" else ~validation]
@@ -184,5 +194,5 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
 
 def read_protocol(path: Path | None) -> dict[str, int]:
     """Held-out file -> the frame at which its episode begins."""
-    rows = (line.split() for line in path.read_text().splitlines()) if path else ()
+    rows = (line.split() for line in path.read_text(encoding="utf-8").splitlines()) if path else ()
     return {name: int(first) for name, first in rows}

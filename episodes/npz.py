@@ -1,7 +1,7 @@
 """Episodes as numpy files: one .npz each, with `image` uint8 [T, H, W, 3] and `action` [T, A].
 
 A damaged file makes numpy and zipfile raise almost anything, from zlib.error to
-tokenize.TokenError. So whatever they raise is one DataError here. Nothing pickled is ever loaded.
+tokenize.TokenError: see `errors.reading`. Nothing pickled is ever loaded.
 """
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from errors import DataError
+from errors import DataError, reading
 
 Actions = tuple[tuple[str, int], ...]  # (feature, how many numbers it has), …: an action, in order
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -53,13 +53,10 @@ def read(path: Path, offset: int, size: int, image: str, actions: Actions, start
          ) -> tuple[Iterator[np.ndarray], np.ndarray]:
     """Frames uint8 [H, W, 3] start .. stop-1, read when they are asked for, and their actions
     float32 [T, A]. Raises DataError."""
-    try:
-        with ZipFile(path) as archive:
-            frames = shape_of(archive, "image")[0]
-    except Exception as error:
-        raise unreadable(error) from None
+    with reading(path), ZipFile(path) as archive:
+        frames = shape_of(archive, "image")[0]
     taken = read_array(path, "action")
-    if taken.dtype.kind not in "buif" or taken.ndim != 2:
+    if taken.dtype.kind not in "buif" or taken.ndim != 2 or not taken.shape[1]:
         raise DataError(f"action is {taken.dtype} {list(taken.shape)}; expected real numbers "
                         "[T, A]")
     if frames != len(taken):
@@ -76,25 +73,14 @@ def read_frames(path: Path, start: int, stop: int) -> Iterator[np.ndarray]:
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[name]
-    except Exception as error:
-        raise unreadable(error) from None
-
-
-def unreadable(error: Exception) -> DataError:
-    return DataError(f"it is no readable .npz ({type(error).__name__}: {error})")
+    with reading(path), np.load(path, allow_pickle=False) as arrays:
+        return arrays[name]
 
 
 def read_npy(path: str | Path) -> np.ndarray:
     """The array of a .npy file, mapped: its header may claim too much. Raises DataError."""
-    try:
+    with reading(path):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:
-        raise DataError(f"{path} is no readable .npy file ({error})") from None
     if not isinstance(array, np.ndarray):
         raise DataError(f"{path} is an .npz archive; expected the .npy file of one array")
     return array

@@ -17,6 +17,7 @@ absolute  whether actions say where to be and not how to move: a key then adds i
 """
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from episodes.actions import Key
 from episodes.formats import format_of
 from episodes.images import decode_all
 from episodes.index import Listing, say
-from errors import DataError
+from errors import DataError, UserError, reading
+from support.schema import conform
 
 USUAL_FPS = 10
 
@@ -37,6 +39,15 @@ class Info:
     fps: float | None = None
     names: tuple[str, ...] = ()
     keys: dict[str, Key] = field(default_factory=dict)
+    absolute: bool = False
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the file may say."""
+    fps: float | None = None
+    names: tuple[str, ...] = ()
+    keys: dict[str, dict[str, object]] = field(default_factory=dict)
     absolute: bool = False
 
 
@@ -72,9 +83,10 @@ def read_first(root: Path, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     complaints = []
     for path in paths:
         try:
-            frames, actions = format_of(path).read(path, 0, 0, "image", (), 0, 1)
-            return decode_all(frames), actions
-        except (DataError, OSError) as error:
+            with reading(path):
+                frames, actions = format_of(path).read(path, 0, 0, "image", (), 0, 1)
+                return decode_all(frames), actions
+        except DataError as error:
             complaints.append(f"{path.relative_to(root)}: {error}")
     raise DataError(f"no episode in {root} can be read: {'; '.join(complaints[:3])}")
 
@@ -87,37 +99,23 @@ def read_info(root: Path, width: int) -> Info:
     path = root / "info.json"
     if not path.exists():
         return Info()
+    with reading(path):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no readable JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object")
-    unknown = set(content) - {"fps", "names", "keys", "absolute"}
-    if unknown:
-        raise DataError(f"{path} has {', '.join(sorted(unknown))}; it may have fps, names, keys "
-                        "and absolute")
-    fps, names = content.get("fps"), content.get("names", [])
-    if fps is not None and not (is_number(fps) and 0 < fps < 1000):
-        raise DataError(f"{path}: fps is {fps!r}; expected frames per second")
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)
-            and len(names) == len(set(names)) and len(names) in (0, width)):
+        said = conform(Said, content, "", {"fps": (1e-3, 1000)})
+    except UserError as error:
+        raise DataError(f"{path}: {error}") from None
+    names = said.names
+    if len(names) != len(set(names)) or len(names) not in (0, width):
         raise DataError(f"{path}: names is {names!r:.80}; expected {width} different names, one "
                         "for each number of an action")
-    if type(content.get("absolute", False)) is not bool:
-        raise DataError(f"{path}: absolute is {content['absolute']!r}; expected true or false")
-    keys = content.get("keys", {})
-    if not isinstance(keys, dict):
-        raise DataError(f"{path}: keys is no JSON object")
-    keys = {name: read_key(path, name, what, names) for name, what in keys.items()}
-    return Info(fps, tuple(names), keys, content.get("absolute", False))
+    keys = {name: read_key(path, name, what, names) for name, what in said.keys.items()}
+    return Info(said.fps, names, keys, said.absolute)
 
 
-def read_key(path: Path, name: str, what: object, names: list[str]) -> Key:
+def read_key(path: Path, name: str, what: dict, names: Sequence[str]) -> Key:
     """One of `keys`: {"dx": 1}, or with a label, or one that toggles."""
     example = f'{path}: the key {name!r} is {what!r:.80}; expected one number\'s name and a value, '
-    if not isinstance(what, dict):
-        raise DataError(example + 'such as {"dx": 1}')
     numbers = {name: value for name, value in what.items() if name not in ("label", "toggles")}
     if len(numbers) != 1 or not all(name in names and is_number(value) and value
                                     for name, value in numbers.items()):

@@ -19,7 +19,7 @@ import numpy as np
 
 from episodes.crc32c import masked_crc32c
 from episodes.npz import Actions
-from errors import DataError
+from errors import DataError, stand_in
 
 Rows = list[tuple[int, int, int]]  # offset, size and frames of every record
 
@@ -103,6 +103,8 @@ def walk_records(path: Path) -> Iterator[tuple[int, int, memoryview]]:
     damaged.
     """
     size = os.path.getsize(path)
+    if other := stand_in(path):
+        raise DataError(f"{path} {other}")
     if size == 0:
         raise DataError(f"{path} is empty: fetch it again")
     shard = memoryview(np.memmap(path, np.uint8, mode="r"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import DataError
+from errors import DataError, reading
 
 
 def import_av():
@@ -40,7 +40,7 @@ def frames_at(path: Path, due: np.ndarray, fps: float, whole: bool = True) -> It
         if time >= due[row] + half:
             raise DataError(f"{path.name} has no frame for row {row}, due at {due[row]:.3f} s: the "
                             f"next one is at {time:.3f} s")
-        yield frame.to_ndarray(format="rgb24")
+        yield upright(frame)
         row += 1
         if row == len(due) and not whole:
             return
@@ -53,31 +53,41 @@ def all_frames(path: Path, rows: int) -> Iterator[np.ndarray]:
     count = 0
     for count, (_, frame) in enumerate(decode(path), start=1):
         if count <= rows:
-            yield frame.to_ndarray(format="rgb24")
+            yield upright(frame)
     if count != rows:
         raise DataError(f"{path.name} has {count} frames for {rows} rows")
 
 
+def upright(frame) -> np.ndarray:
+    """The pixels uint8 [H, W, 3] of a frame, turned as the camera says that it was held."""
+    quarters = round(getattr(frame, "rotation", 0) / 90)
+    return np.rot90(frame.to_ndarray(format="rgb24"), quarters)
+
+
 def decode(path: Path, begin: float = 0.0) -> Iterator[tuple]:
-    """Time in seconds and frame, from the last key frame before `begin` on."""
+    """Time in seconds and frame, from the last key frame before `begin` on. Raises DataError, also
+    where the decoder had to guess a part of a picture."""
     av = import_av()
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            if begin > 0:
-                container.seek(int(begin / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                yield float(frame.pts * stream.time_base), frame
-    except (OSError, ValueError, IndexError, TypeError, av.error.FFmpegError) as error:
-        raise DataError(f"{path.name} cannot be decoded ({error})") from None
+    with reading(path), av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        if begin > 0:
+            container.seek(int(begin / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            time = float(frame.pts * stream.time_base)
+            if frame.is_corrupt:
+                raise DataError(f"{path.name} is damaged at {time:.3f} s")
+            yield time, frame
 
 
 def frame_rate(path: Path) -> float:
-    """Frames per second, on average. Raises DataError."""
-    av = import_av()
-    try:
-        with av.open(str(path)) as container:
-            return float(container.streams.video[0].average_rate)
-    except (OSError, IndexError, TypeError, av.error.FFmpegError) as error:
-        raise DataError(f"{path.name} is no readable video ({error})") from None
+    """Frames per second, on average; from the frames' times where the file does not say. Raises
+    DataError."""
+    with reading(path), import_av().open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+    if rate:
+        return float(rate)
+    times = [time for time, _ in decode(path)]
+    if len(times) < 2 or not times[-1] > times[0]:
+        raise DataError(f"{path.name} does not say how many frames a second it has")
+    return (len(times) - 1) / (times[-1] - times[0])

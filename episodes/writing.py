@@ -7,7 +7,7 @@ is rounded: actions keep the type that they had.
 """
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -17,32 +17,52 @@ from tqdm import tqdm
 
 from episodes.images import decode
 from episodes.pictures import NAME
-from errors import DataError
+from errors import DataError, reading
 
 Source = tuple[str, Callable[[], tuple[Iterable, np.ndarray]]]
 
 
-def write_episodes(sources: Iterable[Source], total: int, out: Path, info: dict) -> None:
+SOURCE = ".converted_from.json"
+FORMATS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp", "PPM": ".ppm",
+           "TIFF": ".tif"}  # that `episodes.pictures` reads again
+
+
+def write_episodes(sources: Iterable[Source], total: int, out: Path, info: dict, origin: dict
+                   ) -> None:
     """Write episodes as folders below `out`, with an info.json that may be changed by hand.
 
-    Raises DataError if none could be written.
+    origin  what is converted, and how: other episodes are not mixed in
+
+    Raises DataError if none could be written, or if another origin's are there.
     """
     out.mkdir(parents=True, exist_ok=True)
+    known, this = out / SOURCE, json.dumps(origin)
+    before = "elsewhere" if any(out.glob(f"*/{NAME}")) else this
+    before = known.read_text(encoding="utf-8") if known.exists() else before
+    if before != this:
+        raise DataError(f"{out} holds episodes from {before}, and these are from {this}: name "
+                        "another folder")
+    known.write_text(this, encoding="utf-8")
     if not (out / "info.json").exists():
-        (out / "info.json").write_text(json.dumps(info, indent=1))
-    written, complaints = 0, []
+        (out / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    written, complaints = set(), []
     for name, read in tqdm(sources, "converting", total, unit="episode", disable=None):
-        if not (out / name / NAME).exists():
-            try:
-                write_episode(out / name, *read())
-            except DataError as error:
-                complaints.append(f"{name}: {error}")
-                tqdm.write(f"left out: {name}: {error}")
-                continue
-        written += 1
+        try:
+            if name in written:
+                raise DataError("there is another episode of this name")
+            if not (out / name / NAME).exists():
+                with reading(name):
+                    pictures, actions = read()
+                write_episode(out / name, pictures, actions)
+        except DataError as error:
+            complaints.append(f"{name}: {error}")
+            tqdm.write(f"left out: {name}: {error}")
+        else:
+            written.add(name)
     if not written:
         raise DataError("; ".join(["no episode could be converted", *complaints[:1]]))
-    print(f"{written} episodes in {out}" + (f", {len(complaints)} left out" if complaints else ""))
+    print(f"{len(written)} episodes in {out}"
+          + (f", {len(complaints)} left out" if complaints else ""))
     print(f"train on them: python train.py --data folder --root {out}")
 
 
@@ -53,7 +73,7 @@ def write_episode(folder: Path, pictures: Iterable, actions: np.ndarray) -> None
     partial.mkdir(parents=True)
     try:
         count = 0
-        for count, picture in enumerate(pictures, start=1):
+        for count, picture in enumerate(guarded(pictures), start=1):
             content, ending = encode(picture)
             (partial / f"{count - 1:06d}{ending}").write_bytes(content)
         if count != len(actions):
@@ -64,15 +84,24 @@ def write_episode(folder: Path, pictures: Iterable, actions: np.ndarray) -> None
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def guarded(pictures: Iterable) -> Iterator:
+    """Pictures that are read one by one; what goes wrong there is a DataError."""
+    with reading("a picture"):
+        yield from pictures
+
+
 def encode(picture: bytes | memoryview | np.ndarray) -> tuple[bytes, str]:
-    """A picture as the content of a file, and its ending. What is encoded stays as it is."""
+    """A picture as the content of a file, and its ending. What is encoded stays as it is, unless
+    folders of pictures are not read in its format."""
+    pixels, file = decode(picture), BytesIO()  # raises DataError for one that is none
     if isinstance(picture, np.ndarray):
-        file = BytesIO()
-        Image.fromarray(picture).save(file, "JPEG", quality=95, subsampling=0)
+        Image.fromarray(pixels).save(file, "JPEG", quality=95, subsampling=0)
         return file.getvalue(), ".jpg"
-    decode(picture)  # raises DataError for one that is none
-    kind = Image.open(BytesIO(picture)).format.lower()
-    return bytes(picture), "." + {"jpeg": "jpg"}.get(kind, kind)
+    kind = Image.open(BytesIO(picture)).format
+    if kind in FORMATS:
+        return bytes(picture), FORMATS[kind]
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue(), ".png"
 
 
 def rows_of(columns: list[np.ndarray]) -> np.ndarray:

@@ -102,14 +102,14 @@ def demo() -> None:
     v_cond, v_uncond = torch.tensor(3.0), torch.tensor(1.0)
     print("v_uncond = 1, v_cond = 3")
     for guidance in (0, 1, 2, 3):
-        print(f"  λ = {guidance}: v = {guide(v_cond, v_uncond, guidance):.0f}")
+        print(f"  guidance {guidance}: v = {guide(v_cond, v_uncond, guidance):.0f}")
     mask = drop_actions(torch.zeros(20_000, 4, 1), 0.2, torch.Generator().manual_seed(0))
     hidden = mask == 0
     print("masks of training        " + "   ".join("".join(f"{m:.0f}" for m in row)
                                                    for row in mask[:5].tolist()))
     print("masks of guidance        with the newest action 1111, without it 1110")
     alone = (mask[:, :3].all(dim=1) & hidden[:, 3]).float().mean()
-    print(f"1110 in training         {alone:.1%} of the clips (0.8³ · 0.2 = {0.8**3 * 0.2:.1%})")
+    print(f"1110 in training         {alone:.1%} of the clips (0.8^3 * 0.2 = {0.8**3 * 0.2:.1%})")
     torch.manual_seed(0)
     faint, loud = (action_embedding(7, 64, loud)(torch.randn(1000, 7)).std(dim=0).mean()
                    for loud in (False, True))

@@ -166,10 +166,10 @@ def demo() -> None:
     for k in (999, 499, 19):
         digits = "".join(str(n // 100) for n in rollout_levels(15, 39, k).tolist())
         print(f"  a rollout, k = {k:3}    {digits}")
-    print("level       ᾱ   scale   signal-to-noise")
+    print("level  alphas_cumprod   scale   signal-to-noise")
     for k in (19, 39, 499, 979, 999):
         alpha, scale = schedule.alphas_cumprod[k].item(), schedule.scale[k].item()
-        print(f"  {k:3}  {alpha:.5f}   {scale:.3f}   {alpha * scale**2 / (1 - alpha):15.4f}")
+        print(f"  {k:3}  {alpha:14.5f}   {scale:.3f}   {alpha * scale**2 / (1 - alpha):15.4f}")
     z, noise = torch.randn(2, 1, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     levels, x = schedule.ddim_levels(5), noise
     print("five steps with the true velocity: distance from the clean latents, but for the noise "
@@ -177,7 +177,7 @@ def demo() -> None:
     for k, k_next in zip(levels, levels[1:] + [0], strict=True):
         x = schedule.ddim_step(x, schedule.velocity(z, k, noise), k, k_next, eta=0.0)
         clean = x - (1 - schedule.alphas_cumprod[k_next]).sqrt() * noise
-        print(f"  {k:3} → {k_next:3}   {(clean - z).square().mean().sqrt():.3f}")
+        print(f"  {k:3} -> {k_next:3}   {(clean - z).square().mean().sqrt():.3f}")
 
 
 if __name__ == "__main__":

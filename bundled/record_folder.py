@@ -28,7 +28,7 @@ def main(root: Path, task: str) -> None:
             "ArrowDown": {"dy": -1}, "w": {"dz": 1}, "s": {"dz": -1},
             " ": {"gripper": 1, "toggles": True}}
     info = {"fps": 3, "names": ["dx", "dy", "dz", "gripper"], "keys": keys}
-    (root / "info.json").write_text(json.dumps(info, indent=1))
+    (root / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

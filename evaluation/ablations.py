@@ -107,7 +107,7 @@ def post_train(run: Path, changes: dict, seed: int, settings: Settings,
         require_same(run, chosen)
     if train.train(chosen, method):
         raise DataError(f"the training in {run} was interrupted; the same command goes on with it")
-    rows = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    rows = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
     return {row["step"]: row["val"] for row in rows if "val" in row}
 
 
@@ -156,7 +156,7 @@ def run(settings: Settings) -> None:
                  f"{settings.steps} steps of {settings.batch} clips of {settings.frames} frames; "
                  f"{settings.episodes} episodes rolled out, guidance {settings.guidance:g}")
     print("\n" + "\n".join(lines))
-    (out / "ablations.md").write_text("\n".join(lines) + "\n")
+    (out / "ablations.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     save_curves(out / "ablations.png", {
         variant: [(step, np.mean([run["loss"][step] for run in runs])) for step in runs[0]["loss"]]
         for variant, runs in results.items()}, "step")

@@ -78,7 +78,8 @@ def run(settings: Settings) -> None:
     (out / f"drift_{settings.data}.json").write_text(json.dumps({
         "settings": asdict(settings), "means": {measure: {name: row.tolist() for name, row in
                                                           pair.items()}
-                                                for measure, pair in means.items()}}))
+                                                for measure, pair in means.items()}}),
+        encoding="utf-8")
     print(f"\ncurves and a strip: {out}")
 
 

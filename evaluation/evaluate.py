@@ -36,8 +36,9 @@ from data import (
 )
 from dynamicrafter.checkpoint import read_checkpoint
 from episodes.frames import cut_bars
-from errors import DataError, RequestError
+from errors import CheckpointError, DataError, RequestError, reading
 from evaluation.metrics import (
+    ENOUGH,
     FeatureNetwork,
     Statistics,
     frechet_distance,
@@ -191,7 +192,8 @@ def evaluate(world: WorldModel, episodes: Episodes, frames: int, context: int, b
     if partial and partial.exists():
         saved = read_checkpoint(partial)
         if saved.get("settings") == settings:
-            tally = Tally.from_state(saved["tally"])
+            with reading(partial, CheckpointError):
+                tally = Tally.from_state(saved["tally"])
             print(f"going on after {tally.batches} batches ({partial})")
     mine = range(rank, -(-len(episodes) // batch), processes)[tally.batches :]
     batches = read_batches(episodes, frames, batch, world.model.config, mine)
@@ -223,7 +225,7 @@ def open_held_out(settings: WorldSettings, world: WorldModel) -> Episodes:
 class Settings(WorldSettings):
     guidance: float | None = option(None, "as in sample.py; if left out, the checkpoint's",
                                     type=float)
-    guidance_levels: list[int] | None = option(None, "as in sample.py", type=int, nargs=2)
+    guidance_levels: list[int] | None = option(None, "as in sample.py", type=int, nargs=2, least=0)
     context: int | None = option(None, "frames given; if left out, as the data set has it",
                                  type=int)
     nar: bool = option(False, "sample all frames together (the paper's Vid2World-NAR)")
@@ -246,16 +248,26 @@ def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> No
     result = {name: float(row.mean()) for name, row in by_frame.items()}
     reasons = {"lpips": "no --lpips network", "fid": "no --inception network",
                "fvd": "no --i3d network"}
-    for name in ("fid", "fvd"):
-        if f"{name}, true" in tally.crowds:
-            result[name] = frechet_distance(tally.crowds[f"{name}, imagined"],
-                                            tally.crowds[f"{name}, true"])
+    caveats = {}
+    for name, what in (("fid", "frames"), ("fvd", "videos")):
+        if f"{name}, true" not in tally.crowds:
+            continue
+        crowd = tally.crowds[f"{name}, true"]
+        if crowd.count < 2:
+            reasons[name] = f"one of the {what} has no covariance"
+            continue
+        result[name] = frechet_distance(tally.crowds[f"{name}, imagined"], crowd)
+        if crowd.count < ENOUGH:
+            caveats[name] = (f", of {crowd.count} {what}: too few to be compared with published "
+                             f"figures (at least {ENOUGH}, and as many as theirs)")
     together = "all frames together, " if settings.nar else ""
     lines = [f"{tally.episodes} held-out episodes of {settings.data}, {settings.frames} frames, "
              f"{settings.context} given; {together}{world.sampling}", "", "| metric | value | |",
              "| --- | --- | --- |"]
     for name, better in BETTER.items():
-        value = f"{result[name]:.3f} | {better}" if name in result else f"absent | {reasons[name]}"
+        value = f"absent | {reasons.get(name)}"
+        if name in result:
+            value = f"{result[name]:.3f} | {better}{caveats.get(name, '')}"
         lines.append(f"| {name.upper()} | {value} |")
     lines.append(f"| PSNR of repeating the last given frame | {result['psnr of repeating']:.3f} | "
                  "dB |")
@@ -267,12 +279,13 @@ def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> No
         lines.append(f"| {first + t} | {' | '.join(f'{row[t]:.3f}' for row in by_frame.values())} "
                      "|")
     print("\n" + "\n".join(lines))
-    (out / "result.md").write_text("\n".join(lines) + "\n")
+    (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps(
         {"settings": asdict(settings), "sampling": asdict(world.sampling),
          "episodes": tally.episodes,
          "result": result, "absent": [name for name in BETTER if name not in result],
-         "by_frame": {name: row.tolist() for name, row in by_frame.items()}}, indent=1))
+         "by_frame": {name: row.tolist() for name, row in by_frame.items()}}, indent=1),
+        encoding="utf-8")
     for name in ("psnr", "ssim", "lpips"):
         curves = {label: list(enumerate(row, start=first)) for label, row in by_frame.items()
                   if label.startswith(name)}

@@ -23,12 +23,12 @@ def kept(path: Path, settings: dict, make: Callable[[], dict]) -> dict:
 
     Always as JSON gives it back: keys are text.
     """
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if known.get("settings") != settings:
         known = {"settings": settings, "result": make()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known))
-    return json.loads(path.read_text())["result"]
+        path.write_text(json.dumps(known), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))["result"]
 
 
 def written(paths: Iterable[str | Path]) -> list[int]:

@@ -98,6 +98,9 @@ class Statistics:
         return self.scatter / (self.count - 1)
 
 
+ENOUGH = 256  # videos or frames below which a distance of crowds is more noise than distance
+
+
 def frechet_distance(ours: Statistics, theirs: Statistics) -> float:
     """|μ₁ - μ₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½), squared distance of two Gaussians (Dowson and Landau
     1982).

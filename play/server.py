@@ -18,6 +18,7 @@ for every thread.
 import base64
 import contextlib
 import json
+import re
 import secrets
 import socket
 import sys
@@ -116,13 +117,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_sender(self) -> None:
         """Refuse what a foreign page, or a foreign name of this machine, makes a browser send."""
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
         site = self.headers.get("Sec-Fetch-Site")  # which browsers send, and pages cannot change
-        if self.server.hosts and host not in self.server.hosts:
-            raise BadRequest(403, "this server answers to its own name only")
+        if not self.server.answers_to(host):
+            raise BadRequest(403, "this server answers to its own name only: open it as "
+                                  "127.0.0.1 or localhost, or name --host")
         foreign_site = site not in (None, "same-origin", "none")
         foreign_resource = foreign_site and self.path.startswith("/api/")
-        if origin not in (None, f"http://{host}") or foreign_resource:
+        if (origin or f"http://{host}").lower() != f"http://{host}" or foreign_resource:
             raise BadRequest(403, "this server answers to its own page only")
 
     def send(self, status: int, kind: str, body: bytes, **headers: str) -> None:
@@ -243,12 +245,15 @@ class PlayServer(ThreadingHTTPServer):
         self.lock, self.network, self.ending = threading.Lock(), threading.Lock(), False
         super().__init__(address, Handler)
         bound, port = self.server_address[:2]
-        names = {address[0], bound} | ({"127.0.0.1", "localhost"} if bound.startswith("127.")
-                                       else set())
-        anywhere = bound == "0.0.0.0"
-        # empty: whatever its name there
-        self.hosts = set() if anywhere else {f"{name}:{port}" for name in names}
-        self.url = f"http://{'127.0.0.1' if anywhere else address[0]}:{port}/"
+        self.anywhere = bound == "0.0.0.0"
+        self.hosts = {f"{name}:{port}".lower() for name in (address[0], bound)}
+        self.url = f"http://{'127.0.0.1' if self.anywhere else address[0]}:{port}/"
+
+    def answers_to(self, host: str) -> bool:
+        """Whether a request to this Host is meant for this server. This machine's own names are,
+        at any port, for a tunnel may begin at another one; a foreign page sends its own name."""
+        name = re.sub(r":\d+$", "", host)
+        return self.anywhere or host in self.hosts or name in ("localhost", "127.0.0.1", "[::1]")
 
     def process_request(self, request: socket.socket, client_address) -> None:
         with self.lock:

@@ -57,7 +57,7 @@ def make_pictures(lengths: list[int], root: Path | None = None, width: int = 2, 
         numbers[:, :2] = 3 + 50 * actions[:, 10:12]
         np.save(episode / "actions.npy", numbers)
     if info:
-        (root / "info.json").write_text(json.dumps(info))
+        (root / "info.json").write_text(json.dumps(info), encoding="utf-8")
     return root
 
 

@@ -43,7 +43,7 @@ HALF = replace(FULL, unet=replace(FULL.unet, model_channels=160), size=(128, 256
 
 def read_keys() -> dict[str, tuple[int, ...]]:
     """Name -> shape, of the original checkpoint."""
-    lines = (line.partition("\t") for line in KEYS.read_text().splitlines())
+    lines = (line.partition("\t") for line in KEYS.read_text(encoding="utf-8").splitlines())
     return {name: tuple(int(n) for n in shape.split(",") if n) for name, _, shape in lines}
 
 
@@ -91,7 +91,8 @@ class Watch:
         self.thread.join()
 
     def anonymous(self) -> float:
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        found = re.search(r"RssAnon:\s+(\d+) kB", status)
         return int(found[1]) * 1024 / 1e9
 
     def look(self) -> None:

@@ -1,5 +1,6 @@
-"""The page in a real browser, from the first key to the saved animation: python -m
-play.try_in_browser --screenshot play.png
+"""The page in a real browser, from the first key to the saved animation.
+
+    python -m testing.try_in_browser --screenshot play.png
 
 Needs `pip install selenium`, a Chromium and its chromedriver (Debian: chromium chromium-driver).
 Starts `python -m play`, presses keys, reads the gripper's place off the page's picture before and

@@ -1,5 +1,6 @@
-"""Play for ten minutes like a child at a keyboard, and see whether the server minds: python -m
-play.try_randomly
+"""Play for ten minutes like a child at a keyboard, and see whether the server minds.
+
+    python -m testing.try_randomly
 
 Starts `python -m play`, opens a world, presses keys at random, pauses, resets, branches, changes
 guidance, sends nonsense, saves animations, closes the tab in mid-frame and opens another. Once a
@@ -23,7 +24,8 @@ REPOSITORY = Path(__file__).parent.parent
 
 def memory(process: int) -> float:
     """Resident memory in MB (Linux)."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) / 1024
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
 class Tab:

@@ -102,8 +102,20 @@ def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float,
         if captions:
             draw.text((2, height + 27), f"action: {captions[t]}", fill=INK, font=font)
         images.append(image)
-    durations = [round(1000 / fps)] * (len(images) - 1) + [1000]
+    images, duration = images[:: gif_stride(fps)], gif_duration(fps)
+    durations = [duration] * (len(images) - 1) + [1000]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def gif_stride(fps: float) -> int:
+    """Which frames of a video an animation has: every one up to 50 a second. Browsers show shorter
+    delays than 20 ms as 100 ms."""
+    return -(-round(fps) // 50)
+
+
+def gif_duration(fps: float) -> int:
+    """Milliseconds that each of them is shown; a GIF counts in hundredths of a second."""
+    return max(20, 10 * round(100 * gif_stride(fps) / fps))
 
 
 def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, float]]],

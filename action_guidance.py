@@ -1,17 +1,18 @@
 """One action per frame, dropped at random in training, amplified in sampling.
 
-A video model continues a clip by habit: it has seen many drawers close, so drawers close. To steer
-it, every frame learns which action led to it, as a vector added to that frame's noise-level
-embedding. And so that sampling can tell the action from the habit, training hides each frame's
-action now and then, independently of the others (p = 0.2). The network then knows two velocities
-for the newest frame, with and without its action. Their difference is what the action does:
+A video model continues a clip from its prior: it has seen many drawers close, so drawers close. To
+steer it, every frame is conditioned on the action that led to it, as a vector added to that frame's
+noise-level embedding. And so that sampling can tell the action from the prior, training hides each
+frame's action at random, independently of the others (p = 0.2). The network then predicts two
+velocities for the newest frame, conditional and unconditional: with and without its action. Their
+difference is what the action does:
 
-    v = v_uncond + λ (v_cond - v_uncond)        λ = 1: as trained    λ > 1: the action, exaggerated
+    v = v_uncond + λ (v_cond - v_uncond)        λ = 1: as trained    λ > 1: the action, amplified
 
 Both see the same history with its actions; v_uncond hides the newest action alone:
 
-    frame       0  1  2  3        Hence dropout is independent per frame. A network that had only
-    v_cond      1  1  1  1        ever lost all actions of a clip at once would meet the mask of
+    frame       0  1  2  3        Hence dropout is independent per frame. A network that has only
+    v_cond      1  1  1  1        seen all actions of a clip hidden at once would meet the mask of
     v_uncond    1  1  1  0        v_uncond for the first time at inference.
 
 This is classifier-free guidance, per frame. The formula in the paper calls λ - 1 what its
@@ -30,47 +31,54 @@ def align_actions(actions: Tensor) -> Tensor:
     """From "taken at frame t", as data files store actions, to "led to frame t", as the network
     reads them.
 
-    actions [B, T, A]: row t was taken at frame t returns [B, T, A]: row t was taken at frame t-1;
-    row 0 is zeros, and the last action falls out of the clip
+    actions  [B, T, A], row t was taken at frame t
+    returns  [B, T, A], row t was taken at frame t-1; row 0 is zeros, and the last action falls out
+             of the clip
+
+    Paper: section 4.2.
     """
     return torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], dim=1)
 
 
 def drop_actions(actions: Tensor, probability: float = 0.2,
                  generator: torch.Generator | None = None) -> Tensor:
-    """Draw the mask that hides actions, every frame for itself; the actions stay as they are.
+    """Draw the mask that hides actions, for each frame independently; the actions do not change.
 
     actions [B, T, A]; returns action_mask [B, T]: 1 keeps the frame's action, 0 hides it.
     Paper: section 4.2 and Algorithm 1.
     """
     device = generator.device if generator else actions.device
-    draw = torch.rand(actions.shape[:2], generator=generator, device=device)
-    return (draw >= probability).to(actions)
+    u = torch.rand(actions.shape[:2], generator=generator, device=device)
+    action_mask = (u >= probability).to(actions)  # m_t ~ Bernoulli(1 - p), each frame's own
+    return action_mask
 
 
 def guide(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: float = 0.0) -> Tensor:
     """Classifier-free guidance on the action.
 
     v_cond, v_uncond [B, T, C, h, w]: velocities with the newest action and without it
-    guidance   λ: 0 ignores the action, 1 follows it as trained, more exaggerates it
+    guidance   λ: 0 ignores the action, 1 follows it as trained, more amplifies it
     rescale    0..1: how far each frame's standard deviation is pulled back to that of v_cond, which
                λ > 1 overshoots (Lin et al. 2023, "Common diffusion noise schedules …", section 3.4)
 
     Paper: section 4.2 and Algorithm 2.
     """
+    # v = v_uncond + λ (v_cond - v_uncond)
     v = v_uncond + guidance * (v_cond - v_uncond)
     if rescale == 0:
         return v
+    # v ← φ · v · std(v_cond) / std(v) + (1 - φ) · v
     frame = (-3, -2, -1)
-    as_conditional = v * (v_cond.std(frame, keepdim=True) / v.std(frame, keepdim=True))
-    return rescale * as_conditional + (1 - rescale) * v
+    rescaled = v * (v_cond.std(frame, keepdim=True) / v.std(frame, keepdim=True))
+    return rescale * rescaled + (1 - rescale) * v
 
 
 class HeLinear(nn.Linear):
-    """A linear layer whose initial weights keep the size of what passes (He et al. 2015).
+    """A linear layer with He initialisation, which keeps the variance of its input (He 2015).
 
-    PyTorch's own let a sixth of the variance through. After three layers an action is then a
-    twentieth of its size, drowned by the noise level it is added to, and is learned much later.
+    PyTorch's default lets a sixth of the variance through. After three layers an action is then a
+    twentieth of its size, small beside the noise level it is added to, and is learned much later.
+    Not in the paper.
     """
 
     def reset_parameters(self) -> None:
@@ -78,19 +86,20 @@ class HeLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
 
-def action_embedding(action_dim: int, model_channels: int, loud: bool = False) -> nn.Sequential:
+def action_embedding(action_dim: int, model_channels: int, init: str = "pytorch") -> nn.Sequential:
     """[..., A] -> [..., 4·model_channels]. Paper: section 4.2 and B.2.
 
-    loud  begin with He's initial weights (`HeLinear`) in place of PyTorch's
+    init  "pytorch", or "he": see `HeLinear`
     """
-    linear, hidden = HeLinear if loud else nn.Linear, 4 * model_channels
+    linear = HeLinear if init == "he" else nn.Linear
+    hidden = 4 * model_channels
     return nn.Sequential(
         linear(action_dim, model_channels), nn.SiLU(),
         linear(model_channels, hidden), nn.SiLU(), linear(hidden, hidden))
 
 
 class MultiHotEmbedding(nn.Embedding):
-    """Sum of the rows that a multi-hot vector names: how keys and mouse bins (CS:GO) enter."""
+    """Sum of the rows that a multi-hot vector selects: how keys and mouse bins (CS:GO) enter."""
 
     def forward(self, actions: Tensor) -> Tensor:  # [..., A] of 0 and 1
         return actions @ self.weight
@@ -111,10 +120,10 @@ def demo() -> None:
     alone = (mask[:, :3].all(dim=1) & hidden[:, 3]).float().mean()
     print(f"1110 in training         {alone:.1%} of the clips (0.8^3 * 0.2 = {0.8**3 * 0.2:.1%})")
     torch.manual_seed(0)
-    faint, loud = (action_embedding(7, 64, loud)(torch.randn(1000, 7)).std(dim=0).mean()
-                   for loud in (False, True))
-    print(f"a new embedding          makes {faint:.2f} of actions of deviation 1; a loud one "
-          f"{loud:.2f}")
+    small, large = (action_embedding(7, 64, init)(torch.randn(1000, 7)).std(dim=0).mean()
+                    for init in ("pytorch", "he"))
+    print(f"a new embedding          maps actions of standard deviation 1 to {small:.2f}; with He "
+          f"initialisation to {large:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Attention over time that looks only back.
 
-At every pixel of the feature map the T frames form a short sequence, and each frame asks the others
-what they know: that is how DynamiCrafter keeps a scene consistent. A world model keeps the question
-and forbids the answers from the future, with the mask of a language model:
+At every pixel of the feature map the T frames form a short sequence. Self-attention over it keeps
+the scene consistent from frame to frame. A world model keeps the layer and adds the causal mask of
+a language model:
 
                  key frame            Frame t attends to frames 0 .. t. No weight changes: a softmax
                  0  1  2  3           over fewer frames is still a softmax, so pretrained queries,
@@ -11,8 +11,8 @@ and forbids the answers from the future, with the mask of a language model:
               2  ■  ■  ■              There is no positional encoding of time: order reaches the
               3  ■  ■  ■  ■           network through the convolutions (causal_conv.py) alone.
 
-In a rollout the keys and values of finished frames are kept, as a language model keeps those of the
-words so far, and only the new frame asks (temporal/cache.py).
+In a rollout the keys and values of finished frames are cached, as in a language model, and only the
+new frame has a query (temporal/streaming.py).
 
     python causal_attention.py        shows the weights with and without the mask
 
@@ -23,12 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamicrafter.layers import FeedForward, merge_heads, split_heads, zero_init
-from temporal.cache import Cache
 from temporal.norm import TemporalNorm
+from temporal.streaming import Cache, stream_attention
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; if `causal`, each position sees itself and those before it."""
+    """Multi-head self-attention; if `causal`, each position sees itself and those before it.
+
+    softmax(q kᵀ / √d + M) v, M[t, s] = -∞ for s > t. Paper: section 4.1.
+    """
 
     def __init__(self, channels: int, heads: int, head_channels: int, causal: bool = False):
         super().__init__()
@@ -43,38 +46,11 @@ class Attention(nn.Module):
         q = split_heads(self.to_q(x), self.heads)  # [N, heads, L, d]
         k = split_heads(self.to_k(x), self.heads)
         v = split_heads(self.to_v(x), self.heads)
-        if cache is None:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if cache is not None:  # new frames alone: temporal/streaming.py
+            attended = stream_attention(self, q, k, v, cache)
         else:
-            k, v = self.past_and_present(k, v, cache)  # [N, heads, past + L, d]
-            attended = attend_past(q, k, v, cache.sees(x.device))
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.to_out(merge_heads(attended))
-
-    def past_and_present(self, k: Tensor, v: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-        """Keys and values of the remembered frames and of the new ones, in buffers of the cache's
-        capacity.
-
-        The new ones are written behind the remembered ones; those of an alternative, or of a pass
-        that failed, are overwritten by the next pass.
-        """
-        N, heads, L, d = k.shape
-        room = cache.capacity + 1  # one alternative more
-        keys, values = cache.recall(self) or (k.new_empty(N, heads, room, d),
-                                              v.new_empty(N, heads, room, d))
-        start, end = cache.frames, cache.frames + L
-        keys[:, :, start:end], values[:, :, start:end] = k, v
-        cache.keep(self, keys, values)
-        return keys[:, :, :end], values[:, :, :end]
-
-
-def attend_past(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
-    """Attention of few frames to many, at each of thousands of pixels. One frame sees all others,
-    so it needs no mask; with a mask, written out is faster than the fused kernel (CPU, `python -m
-    evaluation.speed --layers`)."""
-    if len(sees) == 1:
-        return F.scaled_dot_product_attention(q, k, v)
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [N, heads, L, past + L]
-    return scores.masked_fill(~sees, -torch.inf).softmax(dim=-1) @ v
 
 
 class TemporalBlock(nn.Module):
@@ -105,9 +81,7 @@ class PointwiseConv1d(nn.Conv1d):
 
 class TemporalTransformer(nn.Module):
     """Attention over time at every pixel, as a residual: norm, projection in, block, projection
-    out.
-
-    From scratch the projection out is zero, so that a new transformer changes nothing.
+    out. From scratch the projection out is zero, so that a new transformer changes nothing.
     """
 
     def __init__(self, channels: int, heads: int, head_channels: int, causal: bool, norm_scope: str,
@@ -120,14 +94,17 @@ class TemporalTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = zero_init(projection(inner, channels))
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
-        B, C, T, H, W = x.shape
-        h = self.norm(x, cache).permute(0, 3, 4, 2, 1)  # [B, H, W, T, C]
+    def forward(self, x: Tensor, conditions) -> Tensor:
+        """x [B·T, C, H, W] -> the same. Of the conditions (unet.py), `.frames` is T, `.cache` that
+        of the frames before."""
+        clip = x.unflatten(0, (-1, conditions.frames)).transpose(1, 2)  # [B, C, T, H, W]
+        B, C, T, H, W = clip.shape
+        h = self.norm(clip, conditions.cache).permute(0, 3, 4, 2, 1)  # [B, H, W, T, C]
         h = self.proj_in(h.flatten(0, 2))  # [B·H·W, T, C]: a sequence of frames at every pixel
         for block in self.transformer_blocks:
-            h = block(h, cache)
+            h = block(h, conditions.cache)
         h = self.proj_out(h).view(B, H, W, T, C)
-        return x + h.permute(0, 4, 3, 1, 2)  # [B, C, T, H, W]
+        return x + h.permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B·T, C, H, W]
 
 
 def demo() -> None:
@@ -148,7 +125,7 @@ def demo() -> None:
         streamed.append(attention(x[:, t : t + 1], cache))
         cache.commit()
     difference = (torch.cat(streamed, dim=1) - attention(x)).abs().max().item()
-    print(f"frame by frame over the cache, against the whole clip: they differ by {difference:.1f}")
+    print(f"frame by frame with a cache, against the whole clip: they differ by {difference:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Convolution over time that looks only back, and how a pretrained one is carried over to it.
+"""Convolution over time that looks only back, and how the weights of a pretrained one transfer.
 
 DynamiCrafter is a passive video model: it denoises all frames of a clip together, so its temporal
-layers may look ahead. A world model may not. It predicts the next frame before anyone knows the
-action after it, and a kernel that has learned to read the future finds nothing there at inference.
-So a kernel that is centred on its frame becomes one that ends at its frame:
+layers may look ahead. A world model must be causal: when it predicts frame t, frame t+1 does not
+exist yet, so a kernel that learned to read t+1 would see padding at inference. So a kernel that is
+centred on its frame becomes one that ends at its frame:
 
         DynamiCrafter            world model
           w₋₁ w₀ w₊₁              ?   ?   ?
@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from temporal.cache import Cache
 from temporal.norm import TemporalNorm
+from temporal.streaming import Cache, stream_conv
 
 TRANSFER_METHODS = ("mixed", "shift", "masked", "extrapolative")
 
@@ -42,8 +42,7 @@ def transfer_weights(kernel: Tensor, method: str) -> Tensor:
 
     kernel  [out, in, n, ...], n odd: the weights on frames t-m .. t+m, with m = (n-1)/2
     returns [out, in, n, ...], float32 or better: the weights on frames t-2m .. t, to be used with
-    n-1 zero
-            frames on the left
+            n-1 frames of zeros on the left
 
     Raises ValueError for an unknown method or an even kernel size. Paper: section 4.1.
     """
@@ -52,21 +51,20 @@ def transfer_weights(kernel: Tensor, method: str) -> Tensor:
     n = kernel.shape[2]
     if n % 2 == 0:
         raise ValueError(f"a centred kernel has an odd number of frames, this one has {n}")
-    # half precision would round
-    kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+    kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))  # sums would round in half
     if method == "shift":
         return kernel.clone()
 
     m = (n - 1) // 2
-    # t-m .. t and t+1 .. t+m
-    past_and_present, future = kernel[:, :, : m + 1], kernel[:, :, m + 1 :]
+    past_and_present = kernel[:, :, : m + 1]  # weights on t-m .. t
+    future = kernel[:, :, m + 1 :]  # weights on t+1 .. t+m
     causal = torch.zeros_like(kernel)
     causal[:, :, m:] = past_and_present
     if method == "mixed":
         causal[:, :, :m] = kernel.mean(dim=2, keepdim=True)
     if method == "extrapolative":
-        # The line through the last two frames is x[t+j] ≈ x[t] + j (x[t] - x[t-1]), so the weight
-        # of a future frame moves onto those two.
+        # x[t+j] ≈ x[t] + j (x[t] - x[t-1]), the line through the last two frames
+        #        = (1 + j) x[t] - j x[t-1]: the weight of a future frame moves onto those two
         for j in range(1, m + 1):
             causal[:, :, -1] += (1 + j) * future[:, :, j - 1]
             causal[:, :, -2] -= j * future[:, :, j - 1]
@@ -74,7 +72,8 @@ def transfer_weights(kernel: Tensor, method: str) -> Tensor:
 
 
 class TemporalConv(nn.Conv3d):
-    """Convolution over time at every pixel: centred, or ending at its own frame if `causal`."""
+    """Convolution over time at every pixel: centred, or ending at its own frame if `causal`.
+    Paper: section 4.1."""
 
     def __init__(self, channels: int, kernel_size: int = 3, causal: bool = False):
         super().__init__(channels, channels, (kernel_size, 1, 1))
@@ -82,42 +81,13 @@ class TemporalConv(nn.Conv3d):
         self.pad_frames = (kernel_size - 1, 0) if causal else (side, side)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
-        if cache is not None:
-            return self.continue_past(x, cache)
-        return self.convolve(F.pad(x, (0, 0, 0, 0, *self.pad_frames)))
-
-    def continue_past(self, x: Tensor, cache: Cache) -> Tensor:
-        """Frames behind the remembered ones: those to append, then alternatives for the next."""
-        B, C, _, H, W = x.shape
-        n = self.kernel_size[0]
-        appended, alternatives = x.split([cache.appended, cache.alternatives], dim=2)
-        past, share = cache.recall(self) or (x.new_zeros(B, C, n - 1, H, W), None)
-        outputs = []
-        if cache.appended:
-            # What the past adds to the next frame's output is the output for a next frame of zeros.
-            frames = torch.cat([past, appended, x.new_zeros(B, C, 1, H, W)], dim=2)
-            *outputs, share = (self.at_last(frames[:, :, t : t + n])
-                               for t in range(cache.appended + 1))
-            cache.keep(self, frames[:, :, cache.appended : -1].clone(), share)
-        # every denoising step comes here: only the kernel's last column is left to do
-        if cache.alternatives:
-            own = torch.matmul(self.weight[:, :, -1, 0, 0],
-                               alternatives.flatten(2)).view_as(alternatives)
-            outputs.append(own + share)
-        return torch.cat(outputs, dim=2)
-
-    def at_last(self, frames: Tensor) -> Tensor:
-        """The output at the last of n frames [B, C, n, H, W], n the kernel's size: one matrix
-        product."""
-        B, C, n, H, W = frames.shape
-        weight = self.weight.flatten(1).expand(B, -1, -1)  # [B, C, C·n]
-        output = torch.baddbmm(self.bias[:, None], weight, frames.reshape(B, C * n, H * W))
-        return output.view(B, C, 1, H, W)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """The convolution without padding, as one in two dimensions, (time, pixel): a 3-D one takes
-        1.3 to 1.7 times as long in training (CPU, `python -m evaluation.speed --layers`)."""
-        return F.conv2d(x.flatten(3), self.weight[..., 0], self.bias).unflatten(3, x.shape[3:])
+        if cache is not None:  # new frames alone: temporal/streaming.py
+            return stream_conv(self, x, cache)
+        x = F.pad(x, (0, 0, 0, 0, *self.pad_frames))  # zeros before the first frame
+        # As a convolution in two dimensions, (time, pixel): one in three takes 1.3 to 1.7 times as
+        # long in training (CPU, `python -m evaluation.speed --layers`).
+        y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias)  # [B, C, T, H·W]
+        return y.unflatten(3, x.shape[3:])
 
 
 class TemporalConvBlock(nn.Module):

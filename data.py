@@ -45,7 +45,7 @@ from episodes.frames import augment, cut_bars, fit_frames
 from episodes.images import decode_all
 from episodes.index import choose_split, find_files, list_files, load_index
 from episodes.own import describe_folder, mention_bare
-from errors import DataError, reading
+from support.errors import DataError, reading
 
 
 @dataclass(frozen=True)

@@ -14,32 +14,33 @@ A world model holds a window of frames and predicts one more at a time:
                                                new      starts as noise
 
  1. The new frame starts from Gaussian noise and is denoised through the DDIM levels. At each level
-    the network predicts the velocity with and without the newest action, and guidance exaggerates
+    the network predicts the velocity with and without the newest action, and guidance amplifies
     the difference.
  2. The finished frame is noised to k_hist and joins the history.
  3. When all slots are taken, the last `overlap` frames become the new window, the first of them the
-    new anchor. As in a training clip, no action leads to it. So a rollout may go on for ever, and
+    new anchor. As in a training clip, no action leads to it. So a rollout may be of any length, and
     the network never meets a clip longer than those it was trained on.
 
-Streaming: a causal network never looks ahead, so its layers remember the history
-(temporal/cache.py), and step 1 runs the network on the new frame alone. Only the first pass takes
-the frame before along: steps + 1 frames to compute, however long the history.
+Streaming: a causal network never looks ahead, so its layers cache the history
+(temporal/streaming.py), and step 1 runs the network on the new frame alone. Only the first pass
+takes the frame before along: steps + 1 frames to compute, however long the history.
 
 Paper: section 4.2 and Algorithm 2 (action-guided, autoregressive sampling); settings in B.4.
 """
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from action_guidance import guide
-from commands import command, option, parse
 from data import (
     DATA_SETS,
     SAMPLES,
@@ -51,12 +52,10 @@ from data import (
     fit_frames,
     open_episodes,
 )
-from diffusion_forcing import rollout_levels
+from diffusion_forcing import LEVELS, rollout_levels
 from episodes.npz import read_npy
-from errors import CheckpointError, DataError, RequestError
 from model.device import best_device
 from model.memory import keep_freed_memory
-from model.sampling import Sampling
 from model.saving import (
     ARENA_WORLD,
     TINY_WORLD,
@@ -65,22 +64,68 @@ from model.saving import (
     readable_path,
 )
 from model.vid2world import Model, to_frames, to_pixels
-from temporal.cache import Cache
-from viewing.pictures import save_gif, save_strip
-from viewing.psnr import psnr
+from support.errors import CheckpointError, DataError, RequestError
+from support.options import command, option, parse
+from support.pictures import save_gif, save_strip
+from support.psnr import psnr
+from support.schema import conform
+from temporal.streaming import Cache
+from unet import Context
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a frame is sampled. The defaults are the paper's (B.4); a checkpoint may carry others.
+
+    guidance         λ: 1 follows the newest action as trained, more amplifies it
+    guidance_levels  guidance applies at noise levels low <= k < high; elsewhere λ is 1, and the
+                     unconditional branch is saved (Kynkäänniemi et al. 2024, arXiv 2404.07724)
+    rescale          see `action_guidance.guide`
+    steps            of denoising
+    eta              0 is deterministic given the first noise (DDIM), 1 adds fresh noise every step
+    history_level    noise level of the history: 20 in the paper's text, 39 in its code
+
+    Raises RequestError for values out of range.
+    """
+    guidance: float = 2.5
+    guidance_levels: tuple[int, int] = (0, LEVELS)
+    rescale: float = 0.7
+    steps: int = 50
+    eta: float = 1.0
+    history_level: int = 39
+
+    def __post_init__(self):
+        low, high = self.guidance_levels
+        if not np.isfinite(self.guidance):
+            raise RequestError(f"guidance is {self.guidance}; it must be a finite number")
+        if not 0 <= low <= high <= LEVELS:
+            raise RequestError(f"guidance_levels is {low}, {high}; expected 0 <= low <= high <= "
+                               "1000")
+        ranges = {"eta": (0, 1), "rescale": (0, 1), "steps": (1, LEVELS),
+                  "history_level": (0, LEVELS - 1)}
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise RequestError(f"{name} is {value}; it must be between {least} and {most}")
+
+    def __str__(self) -> str:
+        low, high = self.guidance_levels
+        limited = self.guidance != 1 and (low, high) != (0, LEVELS)
+        where = f" at levels {low} to {high}" if limited else ""
+        return f"guidance {self.guidance:g}{where}, {self.steps} steps, η {self.eta:g}"
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a world model knows at one moment. Nothing in it ever changes: to keep it is a snapshot.
+    """Immutable state of a rollout: keep a reference, and `restore` returns to that frame.
 
-    All but `latents` are of the frames in the window, T in number.
+    All except `latents` are of the T frames in the window.
     """
     latents: Tensor  # [B, all frames so far, C, h, w], clean
     pixels: Tensor  # [B, T, 3, H, W] in [-1, 1]
     history: Tensor  # [B, T, C, h, w], latents noised once to the history level
     actions: Tensor  # [B, T, A], the action that led to each frame; zeros lead to the first
-    action_mask: Tensor  # [B, T], 1 where that action is known
+    action_mask: Tensor  # [B, T], 1 where that action is known, 0 where it is hidden
     anchor: Tensor  # [B, 1, C, h, w], clean latents of the first frame
     tokens: Tensor  # [B, slots · L, D], image tokens of the first frame
     random_state: Tensor  # of the generator, after the last frame
@@ -91,17 +136,17 @@ class Window:
 
 
 class WorldModel:
-    """An environment that is imagined: reset(frames), step(action).
+    """A learned environment: reset(frames), step(action).
 
     guidance, guidance_levels, rescale, steps, eta, history_level
                see `Sampling`; what is left out comes from the checkpoint, else from the paper
     overlap    frames that stay when the window is full
     seed       of all noise; the same seed, frames and actions give the same rollout
-    streaming  remember the history (True) or run it again at every step (False). None remembers
-               where that is exact: everywhere but with norm_scope "clip", whose history changes
-               with every new frame
+    streaming  cache the history (True) or run it again at every step (False). None caches where
+               that is exact: everywhere except with norm_scope "clip", whose history changes with
+               every new frame
 
-    `.latents`, float32 [B, T, C, h, w], holds every frame so far, given and imagined.
+    `.latents`, float32 [B, T, C, h, w], holds every frame so far, given and predicted.
     Raises RequestError for options out of range and for a passive network.
     """
 
@@ -120,6 +165,7 @@ class WorldModel:
         named = {"guidance": guidance, "guidance_levels": guidance_levels, "steps": steps,
                  "eta": eta, "rescale": rescale, "history_level": history_level}
         named = {name: value for name, value in named.items() if value is not None}
+        conform(Sampling, model.sampling, "sampling of the checkpoint")
         self.sampling = Sampling(**model.sampling | named)
         self.model, self.overlap, self.seed = model.eval(), overlap, seed
         self.generator = torch.Generator().manual_seed(seed)
@@ -145,7 +191,7 @@ class WorldModel:
 
         Raises RequestError for other shapes, types or infinite numbers, and leaves the world as is.
         """
-        frames, A = np.asarray(frames), self.model.action_dim
+        frames = np.asarray(frames)
         if (frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-1] != 3
                 or 0 in frames.shape):
             raise RequestError(f"frames is {frames.dtype} {list(frames.shape)}; expected uint8 "
@@ -154,10 +200,11 @@ class WorldModel:
         clips = frames if batched else frames[None]
         B, T0 = clips.shape[:2]
         # Check everything first, then change: a refused reset leaves the world as it was.
+        A = self.model.action_dim
         led_to = torch.zeros(B, T0, A, device=self.model.device)
-        known = torch.ones(B, T0, device=self.model.device)
+        action_mask = torch.ones(B, T0, device=self.model.device)
         if actions is None:
-            known[:, 1:] = 0
+            action_mask[:, 1:] = 0
         else:
             led_to[:, 1:] = self.check_actions(actions, (B, T0 - 1, A), batched)
 
@@ -166,9 +213,9 @@ class WorldModel:
         fitted = np.stack([fit_frames(clip, *config.size, config.fit) for clip in clips])
         pixels = to_pixels(torch.from_numpy(fitted).to(self.model.device))  # [B, T0, 3, H, W]
         latents = self.model.encode(pixels)
-        everything = Window(latents, pixels, self.to_history(latents), led_to, known,
+        everything = Window(latents, pixels, self.to_history(latents), led_to, action_mask,
                             anchor=None, tokens=None, random_state=self.generator.get_state())
-        self.go_back(self.slide(everything, min(T0, self.model.num_frames)))
+        self.restore(self.slide(everything, min(T0, self.model.num_frames)))
         self.batched = batched
 
     @torch.inference_mode()
@@ -180,21 +227,25 @@ class WorldModel:
         """
         if self.window is None:
             raise RequestError("the world has no frame yet: call reset(frames) first")
-        window, B = self.window, len(self.window.latents)
+        window = self.window
+        B = len(window.latents)
         action = self.check_actions(action, (B, self.model.action_dim), self.batched)
-        if window.length == self.model.num_frames:
-            # Full: the last frames begin a new window, whose memory is made by the first pass.
-            window, self.cache = self.slide(window, self.overlap), Cache(self.model.num_frames)
+        if window.length == self.model.num_frames:  # full: the last frames begin a new window
+            window = self.slide(window, self.overlap)
+            self.cache = Cache(self.model.num_frames)  # which the first pass fills
         # From here on the window has one action more than it has frames: the one that leads to x.
-        known = torch.ones_like(action[:, :1])
         window = replace(window, actions=torch.cat([window.actions, action[:, None]], dim=1),
-                         action_mask=torch.cat([window.action_mask, known], dim=1))
+                         action_mask=F.pad(window.action_mask, (0, 1), value=1.0))
 
         # The noise depends on the window alone, so a step that is taken again gives the same frame.
         self.generator.set_state(window.random_state)
-        self.contexts = {}  # of caption and anchor, projected once for all levels of this frame
-        start = self.noise(B, 1)  # [B, 1, C, h, w]
-        latents = self.denoise(start, lambda x, k: self.velocity(window, x, k))
+        self.contexts = {}  # projected once for all levels of this frame
+        velocity = self.velocity_cached if self.streaming else self.velocity_uncached
+        # x_999 ~ N(0, 1), then DDIM
+        with self.autocast():
+            latents = self.model.schedule.sample(  # [B, 1, C, h, w]
+                self.noise(B, 1), partial(velocity, window), self.sampling.steps,
+                self.sampling.eta, draw_noise=lambda: self.noise(B, 1))
         pixels = self.model.decode(latents)
         history = self.to_history(latents)  # noised once, here, and kept
         self.window = replace(window, latents=torch.cat([window.latents, latents], dim=1),
@@ -204,88 +255,90 @@ class WorldModel:
         frame = to_frames(pixels)[:, 0]
         return frame if self.batched else frame[0]
 
-    def denoise(self, x: Tensor, velocity: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """From noise [B, T, C, h, w] to clean latents, through the DDIM levels (Algorithm 2)."""
-        levels = self.model.schedule.ddim_levels(self.sampling.steps)
-        for k, k_next in zip(levels, levels[1:] + [0], strict=True):
-            v = velocity(x, k)
-            fresh = self.noise(*x.shape[:2]) if self.sampling.eta > 0 else None
-            x = self.model.schedule.ddim_step(x, v, k, k_next, self.sampling.eta, fresh)
-        return x
+    def velocity_uncached(self, window: Window, x: Tensor, k: int) -> Tensor:
+        """The guided velocity of the newest frame x [B, 1, C, h, w] at level k, by definition: the
+        whole window at once, its T frames of history and x, a batch of it for each branch.
 
-    def velocity(self, window: Window, x: Tensor, k: int) -> Tensor:
-        """The guided velocity of the newest frame x [B, 1, C, h, w] at level k.
-
-        `window` holds the frames before and, as the last of its actions, the one that leads to x.
+        The last of the window's actions is the one that leads to x.
         """
-        low, high = self.sampling.guidance_levels
-        guided = self.sampling.guidance != 1 and low <= k < high
-        alternatives = [1, 0] if guided else [1]  # x with its action, and with the action hidden
-        predict = self.predict_streaming if self.streaming else self.predict_recomputing
-        v = predict(window, x, k, alternatives)
-        return guide(*v, self.sampling.guidance, self.sampling.rescale) if guided else v[0]
-
-    def predict_streaming(self, window: Window, x: Tensor, k: int, alternatives: list[int]
-                          ) -> list[Tensor]:
-        """The velocity of every alternative of x, in one pass over them and what the cache lacks.
-
-        The cache lacks the frame before in the first pass of a step, or all of a new window.
-        """
-        first, T, n = self.cache.frames, window.length, len(alternatives)
-        # [B, T - first + n, ...]: frames to remember, then the alternatives for the next one
-        clip = torch.cat([window.history[:, first:]] + [x] * n, dim=1)
-        newest, newest_mask = window.actions[:, T:], window.action_mask[:, T:]
-        actions = torch.cat([window.actions[:, first:T]] + [newest] * n, dim=1)
-        masks = [window.action_mask[:, first:T]] + [newest_mask * keep for keep in alternatives]
-        levels = rollout_levels(T - first, self.sampling.history_level, k, n).to(x.device)
-        if (first, n) not in self.contexts:
-            self.contexts[first, n] = self.model.context(window.tokens, T + 1, first, n)
-        context, mask = self.contexts[first, n], torch.cat(masks, dim=1)
-        v = self.run_network(clip, levels.expand(len(x), -1), window.anchor, context, actions, mask,
-                             self.cache, n)
-        return list(v[:, T - first :].split(1, dim=1))
-
-    def predict_recomputing(self, window: Window, x: Tensor, k: int, alternatives: list[int]
-                            ) -> list[Tensor]:
-        """The same without a cache: the whole window once per alternative, as one batch."""
-        T, n = window.length, len(alternatives)
-        clip = torch.cat([window.history, x], dim=1).repeat(n, 1, 1, 1, 1)
-        past_mask, newest_mask = window.action_mask.split([T, 1], dim=1)
-        masks = [torch.cat([past_mask, newest_mask * keep], dim=1) for keep in alternatives]
+        T = window.length
+        keep_action = self.branches(k)
+        n = len(keep_action)
+        clip = torch.cat([window.history, x], dim=1).repeat(n, 1, 1, 1, 1)  # [n·B, T + 1, C, h, w]
         levels = rollout_levels(T, self.sampling.history_level, k).to(x.device)
-        if n not in self.contexts:
-            self.contexts[n] = self.model.context(window.tokens.repeat(n, 1, 1), T + 1)
-        anchor, actions = window.anchor.repeat(n, 1, 1, 1, 1), window.actions.repeat(n, 1, 1)
-        v = self.run_network(clip, levels.expand(len(clip), -1), anchor, self.contexts[n], actions,
-                             torch.cat(masks))
-        return list(v[:, -1:].chunk(n))
+        past, newest = window.action_mask.split([T, 1], dim=1)
+        mask = torch.cat([torch.cat([past, newest * keep], dim=1) for keep in keep_action])
+        v = self.model.denoise(clip, levels.expand(len(clip), -1),
+                               window.anchor.repeat(n, 1, 1, 1, 1),
+                               self.context(window, n, range(T + 1)),
+                               window.actions.repeat(n, 1, 1), mask)
+        return self.guided(v[:, -1:].float().chunk(n))
 
-    def run_network(self, *inputs) -> Tensor:
+    def velocity_cached(self, window: Window, x: Tensor, k: int) -> Tensor:
+        """The same with the cache: one pass over the branches of x, side by side in time, and over
+        what the cache lacks of the history (in the first pass of a step the frame before; in a new
+        window all)."""
+        T = window.length
+        start = self.cache.frames
+        keep_action = self.branches(k)
+        n = len(keep_action)
+        clip = torch.cat([window.history[:, start:]] + [x] * n, dim=1)  # [B, T - start + n, …]
+        levels = rollout_levels(T - start, self.sampling.history_level, k, n).to(x.device)
+        past, newest = window.action_mask[:, start:].split([T - start, 1], dim=1)
+        mask = torch.cat([past] + [newest * keep for keep in keep_action], dim=1)
+        slots = [*range(start, T)] + [T] * n
+        self.cache.branches = n
+        v = self.model.denoise(clip, levels.expand(len(clip), -1), window.anchor,
+                               self.context(window, 1, slots), window.actions[:, slots], mask,
+                               self.cache)
+        return self.guided(v[:, T - start :].float().split(1, dim=1))
+
+    def branches(self, k: int) -> list[int]:
+        """Of each branch at level k, whether it keeps the newest action: conditional, then
+        unconditional where guidance applies."""
+        low, high = self.sampling.guidance_levels
+        return [1, 0] if self.sampling.guidance != 1 and low <= k < high else [1]
+
+    def guided(self, v: Sequence[Tensor]) -> Tensor:
+        """One velocity [B, 1, C, h, w] from those of the branches."""
+        return guide(*v, self.sampling.guidance, self.sampling.rescale) if len(v) == 2 else v[0]
+
+    def context(self, window: Window, copies: int, slots: Sequence[int]) -> Context:
+        """What the frames in these slots attend to, kept while a frame is being denoised."""
+        key = copies, tuple(slots)
+        if key not in self.contexts:
+            self.contexts[key] = self.model.context(window.tokens.repeat(copies, 1, 1), slots)
+        return self.contexts[key]
+
+    def autocast(self) -> AbstractContextManager:
+        """The network computes in bfloat16 on CUDA."""
         cuda = self.model.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-            return self.model.denoise(*inputs).float()
+        return torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext()
 
     def slide(self, window: Window, length: int) -> Window:
         """Keep the last `length` frames; the first becomes the anchor, to which no action leads."""
         actions = window.actions[:, -length:].clone()
+        actions[:, 0] = 0
         action_mask = window.action_mask[:, -length:].clone()
-        actions[:, 0], action_mask[:, 0] = 0, 1
+        action_mask[:, 0] = 1
         pixels = window.pixels[:, -length:]
         return replace(window, pixels=pixels, history=window.history[:, -length:], actions=actions,
                        action_mask=action_mask, anchor=window.latents[:, -length, None],
                        tokens=self.model.image_tokens(pixels[:, 0]))
 
-    def go_back(self, window: Window) -> None:
-        """Make a `.window` of before the present one."""
-        self.window, self.cache = window, Cache(self.model.num_frames)
+    def restore(self, window: Window) -> None:
+        """Return to an earlier `.window`."""
+        self.window = window
+        self.cache = Cache(self.model.num_frames)
 
     def to_history(self, latents: Tensor) -> Tensor:
         """Clean latents [B, T, C, h, w] to the small noise level at which the history is held."""
         noise = self.noise(*latents.shape[:2])
+        # x_hist = √ᾱ·s·z + √(1-ᾱ)·ε at k_hist
         return self.model.schedule.add_noise(latents, self.sampling.history_level, noise)
 
     def noise(self, B: int, T: int) -> Tensor:
-        """All that is random about a world, [B, T, C, h, w], drawn on the CPU for any device.
+        """All randomness of a rollout, [B, T, C, h, w], drawn on the CPU for any device.
 
         The order: history noise of the given frames; then for every new frame its start, the noise
         of each DDIM step if eta > 0, its history noise.
@@ -295,7 +348,7 @@ class WorldModel:
 
     def check_actions(self, actions: np.ndarray, shape: tuple[int, ...], batched: bool) -> Tensor:
         """Actions, in the data's own units, as a tensor of this shape for the network; the batch
-        dimension is added where the world has none."""
+        dimension is added where the world has none. Raises RequestError."""
         actions = torch.from_numpy(to_numbers(actions)).to(self.model.device)
         actions = actions if batched else actions[None]
         if actions.shape != shape:

@@ -6,12 +6,12 @@ own; in between sit the temporal layers, the only places where frames meet:
 
     x, 8 channels: 4 noisy latents, 4 latents of the anchor, the clip's first frame
      │
-    3×3 conv → temporal layer                                      (`init_attn`)
+    3×3 conv → temporal transformer                                (`init_attn`)
      │
     levels down → middle → levels up, each level a few times:
      │        ResBlock             3×3 convolutions per frame, then temporal ones (causal_conv.py)
      │        SpatialTransformer   attention within a frame, and to the caption and anchor image
-     │        TemporalLayer        attention across frames at every pixel (causal_attention.py)
+     │        TemporalTransformer  attention across frames at every pixel (causal_attention.py)
      │
     GroupNorm → SiLU → 3×3 conv → velocity, 4 channels
 
@@ -23,10 +23,10 @@ level is a vector *per frame* is all that diffusion forcing asks of the network
 (diffusion_forcing.py); the action is added to it (action_guidance.py).
 
 `UNetConfig()` is DynamiCrafter-512 itself, and `causal=True` makes it a world model. Its parameters
-stay the same but for `action_emb_proj`, and have DynamiCrafter's names to the letter (its misspelt
-`temopral_conv` included): loading is `load_state_dict`, and nothing is renamed.
+stay the same except for `action_emb_proj`, and have DynamiCrafter's names to the letter (its
+misspelt `temopral_conv` included): loading is `load_state_dict`, and nothing is renamed.
 
-Frames ride in the batch dimension, [B·T, C, H, W]; only temporal layers unfold them.
+Frames stand in the batch dimension, [B·T, C, H, W]; only temporal layers unfold them.
 
     python unet.py        shows which outputs move when the last frame changes
 
@@ -37,12 +37,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from action_guidance import MultiHotEmbedding, action_embedding
 from causal_attention import Attention, PointwiseConv1d, TemporalTransformer
 from causal_conv import TemporalConv, TemporalConvBlock, transfer_weights
-from dynamicrafter.checkpoint import load_weights, read_lightning, select
+from dynamicrafter.checkpoint import UNET, load_weights, read_lightning, select
 from dynamicrafter.layers import (
     CrossAttention,
     Downsample,
@@ -53,8 +52,9 @@ from dynamicrafter.layers import (
     sinusoidal_embedding,
     zero_init,
 )
-from errors import CheckpointError
-from temporal.cache import Cache
+from support.errors import CheckpointError
+from temporal.norm import NORM_SCOPES
+from temporal.streaming import Cache
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class UNetConfig:
     model_channels: int = 320
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    # downsampling factors that have transformers
-    attention_resolutions: tuple[int, ...] = (4, 2, 1)
+    attention_resolutions: tuple[int, ...] = (4, 2, 1)  # downsampling factors with transformers
     head_channels: int = 64
     context_dim: int = 1024
     num_frames: int = 16  # longest clip, and number of slots of image tokens
@@ -76,28 +75,25 @@ class UNetConfig:
     causal: bool = False
     norm_scope: str = "clip"  # "clip", "past" or "frame": see temporal/norm.py
     height_causal_out: bool = False  # a quirk of the released checkpoints: see HeightCausalConv2d
-    # multi-hot actions enter through a table, as in the released CS:GO checkpoint
-    action_table: bool = False
-    # a new action embedding begins with He's weights in place of PyTorch's: see HeLinear
-    loud_actions: bool = False
+    action_table: bool = False  # multi-hot actions enter by a table: the released CS:GO checkpoint
+    action_init: str = "pytorch"  # of a new action embedding: "pytorch" or "he", see HeLinear
 
 
-Context = dict[nn.Module, tuple[Tensor, ...]]  # cross-attention -> its keys and values
+# What the cross-attentions attend to: for each of them its keys and values of the caption and of
+# the anchor's image tokens. They are the same at all denoising steps, so they are projected once.
+Context = dict[nn.Module, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What every layer is told beside its input."""
+    """What every layer gets next to its input."""
     emb: Tensor  # [B, T, 4·model_channels]: noise level, frame rate and action of every frame
-    context: Context  # of the caption and the anchor image
+    context: Context
     cache: Cache | None  # of the frames before
 
-
-def across_frames(layer, h: Tensor, conditions: Conditions) -> Tensor:
-    """Run a temporal layer in the layout of the frames that it sees."""
-    frames = conditions.emb.shape[1]
-    clip = h.unflatten(0, (-1, frames)).transpose(1, 2)  # [B·T, C, H, W] -> [B, C, T, H, W]
-    return layer(clip, conditions.cache).transpose(1, 2).flatten(0, 1)  # and back
+    @property
+    def frames(self) -> int:
+        return self.emb.shape[1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,7 +120,9 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:  # [B·T, C, H, W]
         h = self.in_layers(x) + self.emb_layers(conditions.emb).flatten(0, 1)[:, :, None, None]
         h = self.skip_connection(x) + self.out_layers(h)
-        return across_frames(self.temopral_conv, h, conditions)
+        clip = h.unflatten(0, (-1, conditions.frames)).transpose(1, 2)  # [B, C, T, H, W]
+        clip = self.temopral_conv(clip, conditions.cache)
+        return clip.transpose(1, 2).flatten(0, 1)  # [B·T, C, H, W]
 
 
 class SpatialBlock(nn.Module):
@@ -163,29 +161,17 @@ class SpatialTransformer(nn.Module):
         return x + self.proj_out(h).transpose(1, 2).view_as(x)
 
 
-class TemporalLayer(TemporalTransformer):
-    """`TemporalTransformer` in the layout of this file, [B·T, C, H, W]."""
-
-    def __init__(self, channels: int, config: UNetConfig, heads: int | None = None,
-                 **options: type[nn.Module]):
-        heads = heads or channels // config.head_channels
-        super().__init__(channels, heads, config.head_channels, config.causal, config.norm_scope,
-                         **options)
-
-    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
-        return across_frames(super().forward, x, conditions)
-
-
 # --------------------------------------------------------------------------------------------------
 # The network
 
 
 class UNet(nn.Module):
+    """Noisy latents, a noise level and an action per frame -> the velocity of every frame. The
+    picture is at the top of this file; shapes are at `forward`."""
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        # recompute activations in the backward pass: less memory, more time
-        self.checkpointing = False
         width = config.model_channels
         embedding = 4 * width
 
@@ -200,19 +186,23 @@ class UNet(nn.Module):
         elif config.action_dim:
             self.action_emb_preprocess = nn.Identity()
             self.action_emb_proj = action_embedding(config.action_dim, width,
-                                                    config.loud_actions)
+                                                    config.action_init)
+
+        def temporal(channels: int, heads: int | None = None, **options) -> TemporalTransformer:
+            return TemporalTransformer(channels, heads or channels // config.head_channels,
+                                       config.head_channels, config.causal, config.norm_scope,
+                                       **options)
 
         def block(channels_in: int, channels: int, factor: int) -> nn.ModuleList:
             layers = nn.ModuleList([ResBlock(channels_in, channels, config)])
             if factor in config.attention_resolutions:
-                layers += [SpatialTransformer(channels, config), TemporalLayer(channels, config)]
+                layers += [SpatialTransformer(channels, config), temporal(channels)]
             return layers
 
         # Down. Every block's output is a skip connection, so remember how wide each is.
         first = InputConv(config.in_channels, width, 3, padding=1)
         self.input_blocks = nn.ModuleList([nn.ModuleList([first])])
-        temporal = TemporalLayer(width, config, heads=8, projection=PointwiseConv1d)
-        self.init_attn = nn.ModuleList([temporal])
+        self.init_attn = nn.ModuleList([temporal(width, heads=8, projection=PointwiseConv1d)])
         channels, skips = width, [width]
         for level, multiplier in enumerate(config.channel_mult):
             for _ in range(config.num_res_blocks):
@@ -225,7 +215,7 @@ class UNet(nn.Module):
 
         self.middle_block = nn.ModuleList([
             ResBlock(channels, channels, config), SpatialTransformer(channels, config),
-            TemporalLayer(channels, config), ResBlock(channels, channels, config)])
+            temporal(channels), ResBlock(channels, channels, config)])
 
         # Up. Every block takes one skip connection back.
         self.output_blocks = nn.ModuleList()
@@ -237,10 +227,9 @@ class UNet(nn.Module):
                     layers.append(Upsample(channels))
                 self.output_blocks.append(layers)
 
+        out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
         if config.height_causal_out:
             out = HeightCausalConv2d(channels, config.out_channels, 3)
-        else:
-            out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
         self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), zero_init(out))
 
     def forward(self, x: Tensor, k: Tensor, text: Tensor, image: Tensor, fps: Tensor | None = None,
@@ -256,65 +245,42 @@ class UNet(nn.Module):
         fps          [B]               frames per second; None means the config's default_fps
         actions      [B, T, A]         the action that led to each frame; None adds nothing
         action_mask  [B, T]            1 keeps and 0 hides a frame's action; None keeps all
-        cache                          memory of the frames before; x then holds only new ones
+        cache                          of the frames before; x then holds only new ones
+                                       (temporal/streaming.py)
 
         returns      [B, T, out, H, W]. Raises ValueError for shapes that do not fit.
         """
         if image.shape[:2] != x.shape[:2]:
             raise ValueError(f"image is {list(image.shape)}; expected tokens for each frame, "
                              f"[{x.shape[0]}, {x.shape[1]}, L, D]")
-        return self.predict(x, k, self.context(text, image), fps, actions, action_mask, cache)
+        context = self.project_context(text, image)
+        return self.forward_projected(x, k, context, fps, actions, action_mask, cache)
 
-    def predict(self, x: Tensor, k: Tensor, context: Context, fps: Tensor | None = None,
-                actions: Tensor | None = None, action_mask: Tensor | None = None,
-                cache: Cache | None = None,
-                alternatives: int = 0) -> Tensor:
-        """`forward` for a context that is projected already, as one is for all denoising steps of a
-        frame.
-
-        alternatives  with a cache: so many of the last frames are versions of one next frame
-                      (temporal/cache.py)
-        """
+    def forward_projected(self, x: Tensor, k: Tensor, context: Context, fps: Tensor | None = None,
+                          actions: Tensor | None = None, action_mask: Tensor | None = None,
+                          cache: Cache | None = None) -> Tensor:
+        """`forward` with a context that is projected already. Raises ValueError."""
         self.check_shapes(x, k, actions)
         B, T = x.shape[:2]
         if cache is not None:
             if not self.config.causal:
-                raise ValueError("a network that looks ahead cannot remember: a cache needs "
-                                 "causal=True")
-            cache.begin(T, alternatives)
+                raise ValueError("a cache needs causal=True: this network looks ahead")
+            cache.begin(T)
         emb = self.embed(k.view(B, -1).expand(B, T), fps, actions, action_mask)  # [B, T, E]
         conditions = Conditions(emb, context, cache)
 
-        h, skips = self.encode(self, x.flatten(0, 1), conditions)
+        h = x.flatten(0, 1)  # [B·T, in, H, W]
+        h, skips = down_and_middle(self, h, conditions)  # [B·T, C, H/2ⁿ, W/2ⁿ]
         for block in self.output_blocks:
-            # [B·T, C + skip, H, W]
-            h = self.run(block, torch.cat([h, skips.pop()], dim=1), conditions)
-        v = self.out(h).unflatten(0, (B, T))
+            h = torch.cat([h, skips.pop()], dim=1)  # [B·T, C + skip, h, w]
+            for layer in block:
+                h = layer(h, conditions)
+        v = self.out(h).unflatten(0, (B, T))  # [B, T, out, H, W]
         if cache is not None:
             cache.commit()
         return v
 
-    def encode(self, part: nn.Module, h: Tensor, conditions: Conditions
-               ) -> tuple[Tensor, list[Tensor]]:
-        """Down and middle, of this network or of a copy of these parts: h [B·T, C, H, W] -> what
-        the middle makes, and the skip connections."""
-        skips = []
-        for i, block in enumerate(part.input_blocks):
-            h = self.run(block, h, conditions)
-            if i == 0:
-                h = self.run(part.init_attn, h, conditions)
-            skips.append(h)
-        return self.run(part.middle_block, h, conditions), skips
-
-    def run(self, block: nn.ModuleList, h: Tensor, conditions: Conditions) -> Tensor:
-        for layer in block:
-            if self.checkpointing:
-                h = checkpoint(layer, h, conditions, use_reentrant=False)
-            else:
-                h = layer(h, conditions)
-        return h
-
-    def context(self, text: Tensor, image: Tensor) -> Context:
+    def project_context(self, text: Tensor, image: Tensor) -> Context:
         """Keys and values of text [B, 77, D] and image [B, T, L, D] in every cross-attention."""
         layers = [layer for layer in self.modules() if isinstance(layer, CrossAttention)]
         return {layer: layer.project(text, image) for layer in layers}
@@ -323,12 +289,13 @@ class UNet(nn.Module):
               action_mask: Tensor | None) -> Tensor:
         """Noise level, frame rate and action of every frame, as [B, T, 4·model_channels]."""
         width = self.config.model_channels
-        emb = self.time_embed(sinusoidal_embedding(k, width))
+        emb = self.time_embed(sinusoidal_embedding(k, width))  # [B, T, E]
         if fps is None:
             fps = torch.full(k.shape[:1], self.config.default_fps, device=k.device)
         emb = emb + self.fps_embedding(sinusoidal_embedding(fps, width))[:, None]
         if actions is not None:
-            action = self.action_emb_proj(self.action_emb_preprocess(actions))
+            action = self.action_emb_proj(self.action_emb_preprocess(actions))  # [B, T, E]
+            # e = e_k + e_fps + mask · e_action: a hidden action adds nothing
             emb = emb + (action if action_mask is None else action * action_mask[..., None])
         return emb
 
@@ -346,38 +313,38 @@ class UNet(nn.Module):
                              "(a network without action_dim takes none)")
 
 
+def down_and_middle(part: nn.Module, h: Tensor, conditions: Conditions
+                    ) -> tuple[Tensor, list[Tensor]]:
+    """The half of a U-Net (or of a copy of these parts) that shrinks: h [B·T, C, H, W] -> what the
+    middle makes, and a skip connection of every block."""
+    skips = []
+    for i, block in enumerate(part.input_blocks):
+        for layer in [*block, *part.init_attn] if i == 0 else block:
+            h = layer(h, conditions)
+        skips.append(h)  # [B·T, C, h, w]
+    for layer in part.middle_block:
+        h = layer(h, conditions)
+    return h, skips
+
+
 # --------------------------------------------------------------------------------------------------
-# Loading
+# Loading. A checkpoint is a path, or what `read_lightning` gave of it; `source` names it then.
+
+Checkpoint = str | Path | dict[str, Tensor]
 
 
-def load_dynamicrafter(path: str | Path, config: UNetConfig, transfer: str = "mixed") -> UNet:
+def load_dynamicrafter(checkpoint: Checkpoint, config: UNetConfig, transfer: str = "mixed",
+                       source: str | Path | None = None) -> UNet:
     """DynamiCrafter's U-Net (512 or 1024) from its original checkpoint; made causal if
     `config.causal`.
 
-    transfer  how temporal kernels are carried over: a method of `causal_conv.transfer_weights`
+    transfer  of the temporal kernels: a method of `causal_conv.transfer_weights`
 
-    Everything is loaded but the action embedding, which DynamiCrafter lacks and which starts anew.
+    Everything is loaded except the action embedding, which DynamiCrafter lacks and which is new.
     Says in one line what it did. Raises CheckpointError for a file that does not fit.
     """
-    return carry_over(read_lightning(path), config, transfer, source=str(path))
-
-
-def load_vid2world(path: str | Path, config: UNetConfig) -> UNet:
-    """The U-Net of a checkpoint that the authors of Vid2World released, which differs from ours in
-    three things.
-
-    Its norms see the whole clip (the default norm_scope, "clip"), so it is not strictly causal; its
-    output convolution is `HeightCausalConv2d`; and it wants all image tokens at every frame unless
-    the clip is of full length, which is for the caller to provide. Raises CheckpointError for a
-    file that does not fit.
-    """
-    return released_unet(read_lightning(path), config, source=str(path))
-
-
-def carry_over(checkpoint: dict[str, Tensor], config: UNetConfig, transfer: str,
-               source: str) -> UNet:
-    """`load_dynamicrafter` for a checkpoint that is read already."""
-    weights = select(checkpoint, "model.diffusion_model.")
+    source = source or checkpoint
+    weights = unet_weights(checkpoint)
     if any(".conv3d." in name for name in weights):
         raise CheckpointError(f"{source} is a Vid2World checkpoint, already causal: read it with "
                               "load_vid2world")
@@ -387,20 +354,43 @@ def carry_over(checkpoint: dict[str, Tensor], config: UNetConfig, transfer: str,
 
     if config.causal:
         kernels = [f"{name}.weight" for name, layer in network.named_modules()
-                   if isinstance(layer, TemporalConv)]
-        weights |= {name: transfer_weights(weights[name], transfer) for name in kernels
-                    if name in weights}
-        done.append(f"{len(kernels)} temporal kernels carried over by {transfer!r}")
+                   if isinstance(layer, TemporalConv) and f"{name}.weight" in weights]
+        for name in kernels:
+            weights[name] = transfer_weights(weights[name], transfer)
+        done.append(f"{len(kernels)} temporal kernels transferred by {transfer!r}")
     if config.action_dim:
-        weights |= new_action_embedding(network)
+        weights |= init_action_embedding(network)
         done.append("action embedding new")
 
-    load_weights(network, weights, source)
+    load_weights(network, weights, str(source))
     print(f"U-Net from {source}: {', '.join(done)}")
     return network
 
 
-def new_action_embedding(network: UNet) -> dict[str, Tensor]:
+def load_vid2world(checkpoint: Checkpoint, config: UNetConfig, source: str | Path | None = None
+                   ) -> UNet:
+    """The U-Net of a checkpoint that the authors of Vid2World released, which differs from ours in
+    three things.
+
+    Its norms see the whole clip (the default norm_scope, "clip"), so it is not strictly causal; its
+    output convolution is `HeightCausalConv2d`; and it wants all image tokens at every frame unless
+    the clip is of full length, which is for the caller to provide. Raises CheckpointError for a
+    file that does not fit.
+    """
+    # Their causal convolutions wrap PyTorch's, which puts an infix into the names.
+    weights = {name.replace(".conv3d.", ".").replace(".conv2d.", "."): weight
+               for name, weight in unet_weights(checkpoint).items()}
+    table = "action_emb_preprocess.weight" in weights
+    with torch.device("meta"):
+        network = UNet(replace(config, causal=True, height_causal_out=True, action_table=table))
+    return load_weights(network, weights, str(source or checkpoint))
+
+
+def unet_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return select(checkpoint if isinstance(checkpoint, dict) else read_lightning(checkpoint), UNET)
+
+
+def init_action_embedding(network: UNet) -> dict[str, Tensor]:
     """Initial weights of a network's action embedding, by name; the rest may be on meta."""
     for part in (network.action_emb_preprocess, network.action_emb_proj):
         for layer in part.modules():
@@ -408,30 +398,6 @@ def new_action_embedding(network: UNet) -> dict[str, Tensor]:
                 layer.to_empty(device="cpu").reset_parameters()
     return {name: tensor for name, tensor in network.state_dict().items()
             if name.startswith("action_emb")}
-
-
-def with_actions(network: UNet, action_dim: int, loud: bool) -> UNet:
-    """A network of a world model for actions of another width: its action embedding is new."""
-    if network.config.action_dim == action_dim:
-        return network
-    weights = {name: tensor for name, tensor in network.state_dict().items()
-               if not name.startswith("action_emb")}
-    with torch.device("meta"):
-        other = UNet(replace(network.config, action_dim=action_dim, action_table=False,
-                             loud_actions=loud))
-    return load_weights(other, weights | new_action_embedding(other), "the world")
-
-
-def released_unet(checkpoint: dict[str, Tensor], config: UNetConfig, source: str) -> UNet:
-    """`load_vid2world` for a checkpoint that is read already."""
-    weights = select(checkpoint, "model.diffusion_model.")
-    # Their causal convolutions wrap PyTorch's, which puts an infix into the names.
-    weights = {name.replace(".conv3d.", ".").replace(".conv2d.", "."): tensor for name,
-               tensor in weights.items()}
-    table = "action_emb_preprocess.weight" in weights
-    with torch.device("meta"):
-        network = UNet(replace(config, causal=True, height_causal_out=True, action_table=table))
-    return load_weights(network, weights, source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -463,9 +429,9 @@ def leaks(scope: str, frames: int = 4, config: UNetConfig = LEAK_TEST,
 
 def demo() -> None:
     """Which outputs move when the last of four frames changes, for norms of every scope
-    (temporal/norm.py)."""
+    (temporal/norm.py). How far depends on the network: this one is tiny and its weights random."""
     print("norms over    output of frame 0      1         2         3")
-    for scope in ("clip", "past", "frame"):
+    for scope in NORM_SCOPES:
         print(f"{scope:13} " + "  ".join(f"{100 * moved:6.2f} %" for moved in leaks(scope)))
 
 

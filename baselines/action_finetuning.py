@@ -18,8 +18,8 @@ from action_guidance import HeLinear
 from baselines.clips import adopt, base_of, train_baseline
 from data import DataSet
 from model.vid2world import Model, ModelConfig
-from train import Method
 from training.settings import Settings
+from training.start import Recipe
 
 
 class ActionModel(Model):
@@ -28,7 +28,7 @@ class ActionModel(Model):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         width, action_dim = config.unet.model_channels, config.unet.action_dim
-        linear = HeLinear if config.unet.loud_actions else nn.Linear
+        linear = HeLinear if config.unet.action_init == "he" else nn.Linear
         self.unet.action_emb_proj = nn.Sequential(
             linear(action_dim, width), nn.SiLU(), linear(width, 4 * width))
 
@@ -41,11 +41,11 @@ def build(settings: Settings, dataset: DataSet) -> ActionModel:
     return model
 
 
-METHOD = Method(build, ActionModel)
+RECIPE = Recipe(build, ActionModel)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return train_baseline(METHOD, argv)
+    return train_baseline(RECIPE, argv)
 
 
 if __name__ == "__main__":

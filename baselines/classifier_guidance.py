@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from baselines.clips import Velocity, adopt, base_of, train_baseline
 from data import DataSet
 from model.vid2world import Model, ModelConfig, to_pixels
-from train import Method
 from training.settings import Settings
-from unet import Conditions, UNet
+from training.start import Recipe
+from unet import Conditions, UNet, down_and_middle
 
 EDGES = (-0.2, 0.2)  # between the bins, of commands between -1 and 1
 BINS = len(EDGES) + 1
@@ -42,7 +42,7 @@ class Classifier(nn.Module):
         width, first = base.config.model_channels, 1 + base.config.num_res_blocks
         self.input_blocks = copy.deepcopy(base.input_blocks[:first])
         self.init_attn = copy.deepcopy(base.init_attn)
-        self.middle_block = nn.ModuleList()  # `UNet.encode` asks for one; here it is empty
+        self.middle_block = nn.ModuleList()  # `down_and_middle` runs it; here it is empty
         self.points = nn.Conv2d(width, 2 * POINTS, 1)  # where to look, and what is there
         self.head = nn.Sequential(nn.Linear(6 * POINTS, 64), nn.SiLU(),
                                   nn.Linear(64, BINS * action_dim))
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
         """x [B, T, in, H, W], k [B, T] -> log-probabilities [B, T - 1, A, BINS] of the actions that
         led to all frames but the first. The frozen base embeds noise level and frame rate."""
         conditions = Conditions(base.embed(k, None, None, None), context, None)
-        h, _ = base.encode(self, x.flatten(0, 1), conditions)
+        h, _ = down_and_middle(self, x.flatten(0, 1), conditions)
         look, seen = self.points(h).float().chunk(2, dim=1)  # [B·T, POINTS, H, W]
         look = look.flatten(2).softmax(dim=-1).view_as(seen)
         down, across = (torch.linspace(-1, 1, size, device=x.device) for size in seen.shape[-2:])
@@ -104,7 +104,7 @@ class ClassifierTraining(nn.Module):
             pixels = to_pixels(frames)
             with torch.no_grad():
                 latents = model.encode(pixels, noise=draws["posterior"]).float()
-                context = model.context(model.image_tokens(pixels[:, 0]), frames.shape[1])
+                context = model.context(model.image_tokens(pixels[:, 0]), range(frames.shape[1]))
             x = model.schedule.add_noise(latents, k, draws["noise"])
             return -model.log_likelihood(x, k, latents[:, :1], context, actions).mean()
 
@@ -113,7 +113,7 @@ def towards_actions(model: ClassifiedModel, weight: float) -> Callable[..., Velo
     """What `imagine_clips` takes to `steer`: the velocity, corrected by the classifier."""
     def steer(velocity: Velocity, anchor: Tensor, context: dict, actions: Tensor) -> Velocity:
         def corrected(x: Tensor, k: Tensor) -> Tensor:
-            v, (alpha, _) = velocity(x, k), model.schedule.at(k, x)
+            v, (alpha, _) = velocity(x, k), model.schedule.coefficients(k, x)
             with torch.enable_grad():
                 wanted = x.clone().requires_grad_(True)
                 told = model.log_likelihood(wanted, k, anchor, context, actions).sum()
@@ -139,11 +139,11 @@ def build(settings: Settings, dataset: DataSet) -> ClassifiedModel:
     return model
 
 
-METHOD = Method(build, ClassifiedModel, ClassifierTraining)
+RECIPE = Recipe(build, ClassifiedModel, ClassifierTraining)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return train_baseline(METHOD, argv)
+    return train_baseline(RECIPE, argv)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from action_guidance import align_actions
-from commands import command
 from data import DataSet, fit_frames
-from errors import RequestError
 from model.saving import from_dynamicrafter
 from model.vid2world import PRESETS, Model, ModelConfig, to_frames, to_pixels
-from train import Method, train
+from support.errors import RequestError
+from support.options import command
+from train import train
 from training.settings import Settings, parse_arguments
+from training.start import Recipe
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x [B, T, C, h, w] and k [B, T] -> v
 
@@ -31,7 +32,7 @@ def base_of(settings: Settings, dataset: DataSet) -> Model:
         raise RequestError("a baseline starts from a passive model: name it with --base")
     config: ModelConfig = PRESETS[settings.preset]
     unet = replace(config.unet, default_fps=dataset.network_fps,
-                   loud_actions=settings.loud_actions)
+                   action_init=settings.action_init)
     config = replace(config, unet=unet, size=tuple(settings.size), fit=dataset.fit)
     torch.manual_seed(settings.seed)
     return from_dynamicrafter(settings.base, config)
@@ -49,12 +50,12 @@ def adopt(model: Model, base: Model, new: str | tuple[str, ...] = ()) -> None:
         part.requires_grad_(False)
 
 
-def train_baseline(method: Method | Callable[[Settings], Method],
+def train_baseline(recipe: Recipe | Callable[[Settings], Recipe],
                    argv: Sequence[str] | None = None) -> int:
     """The command of a baseline: options of train.py, one level a clip, no action hidden."""
     def run() -> int:
         settings = parse_arguments(argv)
-        chosen = method if isinstance(method, Method) else method(settings)
+        chosen = recipe if isinstance(recipe, Recipe) else recipe(settings)
         return train(replace(settings, shared_level=True, action_dropout=0.0), chosen)
 
     return command(Path(sys.argv[0]).stem, run)
@@ -82,7 +83,7 @@ def imagine_clips(model: Model, frames: np.ndarray, actions: np.ndarray, steps: 
     taken = torch.from_numpy(np.concatenate([actions, actions[:, -1:]], axis=1)).float()
     taken = model.standardise(taken.to(model.device)) if model.action_dim else taken
     led_to = align_actions(taken) if model.action_dim else None
-    context = model.context(model.image_tokens(pixels[:, 0]), T)
+    context = model.context(model.image_tokens(pixels[:, 0]), range(T))
 
     def velocity(x: Tensor, k: Tensor) -> Tensor:
         return model.denoise(x, k, anchor, context, led_to).float()
@@ -92,10 +93,8 @@ def imagine_clips(model: Model, frames: np.ndarray, actions: np.ndarray, steps: 
     def noise() -> Tensor:
         return torch.randn(B, T, *model.latent_shape, generator=generator).to(model.device)
 
-    x, levels = noise(), model.schedule.ddim_levels(steps)
-    for k, k_next in zip(levels, levels[1:] + [0], strict=True):
-        v = follow(x, torch.full((B, T), k, device=x.device))
-        x = model.schedule.ddim_step(x, v, k, k_next, eta, noise() if eta > 0 else None)
+    x = model.schedule.sample(
+        noise(), lambda x, k: follow(x, torch.full((B, T), k, device=x.device)), steps, eta, noise)
     imagined = to_frames(model.decode(x))
     imagined[:, 0] = given[:, 0]
     return imagined

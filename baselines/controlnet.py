@@ -25,9 +25,9 @@ from baselines.clips import adopt, base_of, train_baseline
 from data import DataSet
 from dynamicrafter.layers import zero_init
 from model.vid2world import Model, ModelConfig
-from train import Method
 from training.settings import Settings
-from unet import Conditions, Context, UNet
+from training.start import Recipe
+from unet import Conditions, Context, UNet, down_and_middle
 
 
 class Copy(nn.Module):
@@ -39,7 +39,7 @@ class Copy(nn.Module):
             setattr(self, name, copy.deepcopy(getattr(base, name)))
         config = base.config
         self.action_emb = action_embedding(action_dim, config.model_channels,
-                                           config.loud_actions)
+                                           config.action_init)
         widths = [config.model_channels]  # of the skip connections
         for level, multiplier in enumerate(config.channel_mult):
             widths += [multiplier * config.model_channels] * config.num_res_blocks
@@ -63,21 +63,23 @@ class ControlledUNet(UNet):
         self.requires_grad_(False)
         self.copy.requires_grad_(True)
 
-    def predict(self, x: Tensor, k: Tensor, context: Context, fps: Tensor | None = None,
-                actions: Tensor | None = None, *others) -> Tensor:
-        """As `UNet.predict`, without a cache."""
+    def forward_projected(self, x: Tensor, k: Tensor, context: Context, fps: Tensor | None = None,
+                          actions: Tensor | None = None, *others) -> Tensor:
+        """As `UNet.forward_projected`, without a cache."""
         B, T = x.shape[:2]
         k = k.view(B, -1).expand(B, T)
         plain = Conditions(self.embed(k, fps, None, None), context, None)
         theirs = plain.emb if actions is None else plain.emb + self.copy.action_emb(actions)
-        h, skips = self.encode(self, x.flatten(0, 1), plain)
-        copied, copied_skips = self.encode(self.copy, x.flatten(0, 1),
-                                           Conditions(theirs, context, None))
+        h, skips = down_and_middle(self, x.flatten(0, 1), plain)
+        copied, copied_skips = down_and_middle(self.copy, x.flatten(0, 1),
+                                               Conditions(theirs, context, None))
         added = [conv(part) for conv, part in
                  zip(self.copy.zero_convs, [*copied_skips, copied], strict=True)]
         h = h + added.pop()
         for block in self.output_blocks:
-            h = self.run(block, torch.cat([h, skips.pop() + added.pop()], dim=1), plain)
+            h = torch.cat([h, skips.pop() + added.pop()], dim=1)
+            for layer in block:
+                h = layer(h, plain)
         return self.out(h).unflatten(0, (B, T))
 
 
@@ -100,11 +102,11 @@ def build(settings: Settings, dataset: DataSet) -> ControlledModel:
     return model
 
 
-METHOD = Method(build, ControlledModel)
+RECIPE = Recipe(build, ControlledModel)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return train_baseline(METHOD, argv)
+    return train_baseline(RECIPE, argv)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import RequestError
 from model.vid2world import to_frames, to_pixels
+from support.errors import RequestError
 
 PAST = 4  # frames that the network sees
 SIGMA_DATA, OFFSET = 0.5, 0.1  # deviation of pixels; noise that a whole colour channel shares

@@ -26,10 +26,10 @@ from baselines.tokenizer import LENGTH, Tokenizer
 from data import DataSet, Episode, Episodes
 from dynamicrafter.checkpoint import load_part, read_lightning
 from dynamicrafter.clip import TextTower
-from errors import RequestError
 from model.vid2world import Model, ModelConfig
-from train import Method
+from support.errors import RequestError
 from training.settings import Settings
+from training.start import Recipe
 
 INSTRUCTION = "steps/observation/natural_language_instruction"
 PREFIX = "Robot arm performs the task: "
@@ -92,14 +92,14 @@ class LanguageModel(Model):
         """Numbers of a caption [B, N] -> the tokens that the U-Net reads, [B, N, D]."""
         return self.tower(numbers) if self.config.text_tower else self.words(numbers)
 
-    def context(self, tokens: Tensor, frames: int) -> Tensor:
-        return self.image_context(tokens, frames)  # the rest once the caption is known
+    def context(self, tokens: Tensor, slots: Sequence[int]) -> Tensor:
+        return self.image_context(tokens, len(slots))  # the rest once the caption is known
 
     def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, context: Tensor,
                 actions: Tensor | None = None, *others) -> Tensor:
         """As `Model.denoise`; the actions [B, T, N] of the last frame are the caption."""
         numbers = actions[:, -1].round().long()
-        projected = self.unet.context(self.read(numbers), context)
+        projected = self.unet.project_context(self.read(numbers), context)
         return super().denoise(x, k, anchor, projected)
 
 
@@ -116,10 +116,10 @@ def build(settings: Settings, dataset: DataSet) -> LanguageModel:
     return model
 
 
-def method(vocabulary: str | None = None) -> Method:
+def recipe(vocabulary: str | None = None) -> Recipe:
     tokenizer = Tokenizer(vocabulary) if vocabulary else None
-    return Method(build, LanguageModel,
-                  episodes=lambda episodes: CaptionedEpisodes(episodes, tokenizer))
+    return Recipe(build, LanguageModel,
+                  wrap_episodes=lambda episodes: CaptionedEpisodes(episodes, tokenizer))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,11 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocabulary", help="CLIP's list of merges, at full size")
     ours, others = parser.parse_known_args(argv)
 
-    def chosen(settings: Settings) -> Method:
+    def chosen(settings: Settings) -> Recipe:
         if (settings.preset != "tiny") != bool(ours.vocabulary):
             raise RequestError("a full-size model reads through CLIP's vocabulary (--vocabulary "
                                "bpe_simple_vocab_16e6.txt.gz), and a small one has no use for it")
-        return method(ours.vocabulary)
+        return recipe(ours.vocabulary)
 
     return train_baseline(chosen, others)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import DataError
+from support.errors import DataError
 
 LENGTH, START, END = 77, 49406, 49407
 # contractions, words, single digits, and rows of anything else

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from baselines.diamond import PAST, STEPS, Diamond, DiamondConfig, DiamondWorld, loss_of
-from commands import argument, command, option, parse
 from data import (
     DATA_SETS,
     Clips,
@@ -24,12 +23,13 @@ from data import (
     require_clips,
 )
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
-from errors import CheckpointError, RequestError, reading, require_finite
 from model.saving import save
 from model.vid2world import to_pixels
+from support.errors import CheckpointError, RequestError, reading, require_finite
+from support.options import argument, command, option, parse
+from support.pictures import save_strip
+from support.psnr import psnr
 from support.schema import conform
-from viewing.pictures import save_strip
-from viewing.psnr import psnr
 
 
 @dataclass

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from dynamicrafter.checkpoint import read_checkpoint
-from errors import CheckpointError
-from model.sampling import MEASURED
 from model.saving import PARTS, PREFIXES, by_our_names, load_model, preset_of, save
+from model.vid2world import TUNED_SAMPLING
+from support.errors import CheckpointError
 
 
 def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +42,8 @@ def bundle_world(run: Path, out: Path, beside: str | None) -> None:
     learned = tuple(part for part in PARTS if any(name.startswith(part) for name in changed))
     changed = {name: tensor for name, tensor in world.items()
                if name in changed or name.startswith(learned)}
-    save(out, {"config": asdict(load_model(run).config), "sampling": MEASURED[preset_of(run)],
+    save(out, {"config": asdict(load_model(run).config),
+               "sampling": TUNED_SAMPLING[preset_of(run)],
                "weights": half(changed),
                "frozen": beside, "data": content["data"] | {"root": None},
                "step": content["step"]})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import CheckpointError, require_regular, stand_in
+from support.errors import CheckpointError, require_regular, stand_in
 
 UNET = "model.diffusion_model."  # a checkpoint's name for the U-Net
 SMALL = 256 * 2**20  # bytes: a file up to this size is checked at every reading, and copied

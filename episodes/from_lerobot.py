@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from commands import argument, command, option, parse
 from episodes.video import frames_at, import_av
 from episodes.writing import Source, rows_of, write_episodes
-from errors import DataError, UserError, reading
+from support.errors import DataError, UserError, reading
+from support.options import argument, command, option, parse
 from support.schema import conform
 
 

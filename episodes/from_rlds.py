@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from commands import argument, command, option, parse
 from episodes.index import find_files, list_files
 from episodes.tfrecord import (
     feature_bytes,
@@ -24,7 +23,8 @@ from episodes.tfrecord import (
     walk_records,
 )
 from episodes.writing import rows_of, write_episodes
-from errors import DataError, RequestError, reading
+from support.errors import DataError, RequestError, reading
+from support.options import argument, command, option, parse
 
 
 @dataclass

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from commands import argument, command, parse
 from episodes.index import list_files
 from episodes.video import all_frames, frame_rate, frames_at, import_av
 from episodes.writing import write_episodes
-from errors import DataError, reading
+from support.errors import DataError, reading
+from support.options import argument, command, parse
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 TIME = "timestamp"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.npz import Actions
-from errors import DataError, reading
+from support.errors import DataError, reading
 
 LARGEST = 2**26  # numbers in a frame
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from errors import DataError, reading, stand_in
+from support.errors import DataError, reading, stand_in
 
 LARGEST = 2**24  # pixels: a frame of more is a decompression bomb, or at least no frame
 

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from episodes.formats import episode_name
-from errors import DataError
+from support.errors import DataError
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")  # a folder's name in TFDS
 

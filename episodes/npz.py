@@ -1,7 +1,7 @@
 """Episodes as numpy files: one .npz each, with `image` uint8 [T, H, W, 3] and `action` [T, A].
 
 A damaged file makes numpy and zipfile raise almost anything, from zlib.error to
-tokenize.TokenError: see `errors.reading`. Nothing pickled is ever loaded.
+tokenize.TokenError: see `support.errors.reading`. Nothing pickled is ever loaded.
 """
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from zipfile import ZipFile
 
 import numpy as np
 
-from errors import DataError, reading
+from support.errors import DataError, reading
 
 Actions = tuple[tuple[str, int], ...]  # (feature, how many numbers it has), …: an action, in order
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -28,7 +28,7 @@ from episodes.actions import Key
 from episodes.formats import format_of
 from episodes.images import decode_all
 from episodes.index import Listing, say
-from errors import DataError, UserError, reading
+from support.errors import DataError, UserError, reading
 from support.schema import conform
 
 USUAL_FPS = 10

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.npz import Actions, read_npy
-from errors import DataError
+from support.errors import DataError
 
 NAME = "actions.npy"
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")

@@ -19,7 +19,7 @@ import numpy as np
 
 from episodes.crc32c import masked_crc32c
 from episodes.npz import Actions
-from errors import DataError, stand_in
+from support.errors import DataError, stand_in
 
 Rows = list[tuple[int, int, int]]  # offset, size and frames of every record
 

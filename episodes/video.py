@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import DataError, reading
+from support.errors import DataError, reading
 
 
 def import_av():

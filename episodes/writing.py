@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from episodes.images import decode
 from episodes.pictures import NAME
-from errors import DataError, reading
+from support.errors import DataError, reading
 
 Source = tuple[str, Callable[[], tuple[Iterable, np.ndarray]]]
 

@@ -23,14 +23,15 @@ from pathlib import Path
 import numpy as np
 
 import train
-from commands import command, option, parse
-from errors import DataError
 from evaluation.evaluate import WorldSettings, evaluate, open_held_out
 from evaluation.kept import decisive, kept, require_same
 from model.saving import TINY_BASE, preset_of
 from sample import load_world
+from support.errors import DataError
+from support.options import command, option, parse
+from support.pictures import save_curves
 from training import settings as training
-from viewing.pictures import save_curves
+from training.start import Recipe
 
 VARIANTS = {  # name -> settings of train.py
     "baseline": {},
@@ -43,11 +44,11 @@ VARIANTS = {  # name -> settings of train.py
     "no action dropout": {"action_dropout": 0.0},  # and so no guidance
     "no diffusion forcing": {"shared_level": True},
     # not the paper's: more clear histories, as a rollout has
-    "clear frames": {"clear_frames": 0.6},
+    "low-noise frames": {"low_noise_prob": 0.6},
     # nearly clean frames count little
-    "clear frames, clean weighting": {"clear_frames": 0.6, "weighting": "clean"},
+    "low-noise frames, x0 loss": {"low_noise_prob": 0.6, "loss_weighting": "x0"},
     "temporal layers alone": {"trainable": "temporal"},  # not the paper's: half of the memory
-    "faint actions": {"loud_actions": False},  # PyTorch's initial weights, as at full size
+    "PyTorch's action initialisation": {"action_init": "pytorch"},  # as at full size
     "from scratch": {"scratch": True},  # but for the autoencoder and the image tower
 }
 
@@ -89,7 +90,7 @@ def complete(settings: Settings) -> None:
 
 
 def post_train(run: Path, changes: dict, seed: int, settings: Settings,
-               method: train.Method = train.WORLD) -> dict[int, float]:
+               recipe: Recipe = train.WORLD) -> dict[int, float]:
     """Train with these changes, or the rest of it; held-out loss by step. Raises DataError if the
     run was begun with other settings."""
     every = max(1, settings.steps // 5)
@@ -105,7 +106,7 @@ def post_train(run: Path, changes: dict, seed: int, settings: Settings,
     training.complete(chosen)
     if chosen.resume:
         require_same(run, chosen)
-    if train.train(chosen, method):
+    if train.train(chosen, recipe):
         raise DataError(f"the training in {run} was interrupted; the same command goes on with it")
     rows = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
     return {row["step"]: row["val"] for row in rows if "val" in row}

@@ -28,9 +28,7 @@ import torch
 import train
 from baselines import action_finetuning, classifier_guidance, controlnet, language_finetuning
 from baselines.clips import base_of, imagine_clips
-from commands import command, option, parse
 from data import Episodes, open_episodes
-from errors import RequestError
 from evaluation.ablations import post_train
 from evaluation.controllability import (
     PIXEL,
@@ -45,22 +43,24 @@ from evaluation.metrics import ssim
 from model.saving import TINY_BASE, load_model, preset_of
 from model.vid2world import PRESETS, to_pixels
 from sample import load_world
+from support.errors import RequestError
+from support.options import command, option, parse
+from support.pictures import save_strip
+from support.psnr import psnr
 from training.settings import Settings as TrainSettings
-from viewing.pictures import save_strip
-from viewing.psnr import psnr
 
 # one level a clip and no action hidden, weighted as the world is
-CLIPS = {"shared_level": True, "action_dropout": 0.0, "weighting": "clean"}
-WORLD = {"clear_frames": 0.6, "weighting": "clean"}  # as the bundled world was trained
-METHODS = {  # row -> what trains it, and with which settings; rows with one name share a run
-    "classifier guidance": ("classifier", classifier_guidance.METHOD, CLIPS),
-    "ControlNet": ("controlnet", controlnet.METHOD, CLIPS),
-    "action-conditioned": ("action", action_finetuning.METHOD, CLIPS),
-    "language-conditioned": ("language", language_finetuning.method(), CLIPS),
+CLIPS = {"shared_level": True, "action_dropout": 0.0, "loss_weighting": "x0"}
+WORLD = {"low_noise_prob": 0.6, "loss_weighting": "x0"}  # as the bundled world was trained
+RECIPES = {  # row -> what trains it, and with which settings; rows with one name share a run
+    "classifier guidance": ("classifier", classifier_guidance.RECIPE, CLIPS),
+    "ControlNet": ("controlnet", controlnet.RECIPE, CLIPS),
+    "action-conditioned": ("action", action_finetuning.RECIPE, CLIPS),
+    "language-conditioned": ("language", language_finetuning.recipe(), CLIPS),
     "Vid2World-NAR": ("world", train.WORLD, WORLD),
     "Vid2World": ("world", train.WORLD, WORLD),
 }
-ROWS = ("repeating", "base", *METHODS)
+ROWS = ("repeating", "base", *RECIPES)
 PUBLISHED = {  # the paper's Table 1, RT-1: FVD, FID, SSIM, LPIPS, PSNR
     "classifier guidance": "213.1 / 6.0 / .683 / .250 / 19.8",
     "ControlNet": "27.1 / 3.25 / .836 / .148 / 24.5",
@@ -107,7 +107,7 @@ def complete(settings: Settings) -> None:
 
 def run_of(row: str, seed: int, settings: Settings) -> Path:
     """The run folder of a row that is trained."""
-    return Path(settings.out) / f"{METHODS[row][0]}_{seed}"
+    return Path(settings.out) / f"{RECIPES[row][0]}_{seed}"
 
 
 def imaginer(row: str, seed: int, settings: Settings, held_out: Episodes
@@ -126,7 +126,7 @@ def imaginer(row: str, seed: int, settings: Settings, held_out: Episodes
                            steps=settings.denoising_steps, eta=0.0, seed=seed)
         return lambda frames, actions, captions: imagine(world, frames, actions,
                                                          nar=row.endswith("NAR"))
-    model, steer = load_model(run_of(row, seed, settings), kind=METHODS[row][1].kind), None
+    model, steer = load_model(run_of(row, seed, settings), kind=RECIPES[row][1].model_class), None
     if row == "classifier guidance":
         steer = classifier_guidance.towards_actions(model, settings.weight)
     return lambda frames, actions, captions: imagine_clips(
@@ -137,9 +137,9 @@ def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader:
             ) -> dict[str, float]:
     """PSNR, SSIM and the gripper's error of a row and seed, from its file or made now."""
     def make() -> dict[str, float]:
-        if row in METHODS:
-            _, method, changes = METHODS[row]
-            post_train(run_of(row, seed, settings), changes, seed, settings, method)
+        if row in RECIPES:
+            _, recipe, changes = RECIPES[row]
+            post_train(run_of(row, seed, settings), changes, seed, settings, recipe)
         imagine_row, scores, first = imaginer(row, seed, settings, held_out), [], 0
         for truth, actions, captions in batches_of(held_out, settings):
             imagined = imagine_row(truth, actions, captions)
@@ -189,7 +189,7 @@ def named_right(model: classifier_guidance.ClassifiedModel, frames: np.ndarray,
     [B, T, H, W, 3] and the actions [B, T, A] taken at their frames."""
     pixels = to_pixels(torch.from_numpy(frames)).to(model.device)
     latents = model.encode(pixels)
-    context = model.context(model.image_tokens(pixels[:, 0]), frames.shape[1])
+    context = model.context(model.image_tokens(pixels[:, 0]), range(frames.shape[1]))
     levels = torch.full(latents.shape[:2], k, device=model.device)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(k))
     x = model.schedule.add_noise(latents, levels, noise.to(latents))
@@ -202,7 +202,7 @@ def named_right(model: classifier_guidance.ClassifiedModel, frames: np.ndarray,
 def classifier_lines(settings: Settings, held_out: Episodes) -> list[str]:
     """How often the classifiers name the right bin of a number that varies, by noise level."""
     row = "classifier guidance"
-    models = [load_model(run_of(row, seed, settings), kind=METHODS[row][1].kind).eval()
+    models = [load_model(run_of(row, seed, settings), kind=RECIPES[row][1].model_class).eval()
               for seed in range(settings.seeds)]
     batches = list(read_batches(held_out, settings.frames, 8, PRESETS[preset_of(settings.base)]))
     taken = torch.from_numpy(np.concatenate([actions for _, actions in batches]))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from commands import command, option, parse
+from support.options import command, option, parse
+from support.pictures import save_grid
 from temporal.norm import NORM_SCOPES
 from unet import UNetConfig, leaks
-from viewing.pictures import save_grid
 
 SIZE = UNetConfig(model_channels=64, channel_mult=(1, 2, 4), head_channels=32, context_dim=64)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from commands import command, option, parse
 from evaluation.evaluate import WorldSettings
 from evaluation.policies import MARKS, STARTS, load_policies, to_action
 from model.saving import TINY_WORLD
 from sample import WorldModel, load_world
-from viewing.pictures import save_curves
+from support.options import command, option, parse
+from support.pictures import save_curves
 
 MOVED = 0.02  # metres
 HEAD = """| actions of | the drawer moves | of these in the model | of the others | mm off | mean |

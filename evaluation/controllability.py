@@ -22,15 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from commands import command, option, parse
 from data import Episodes, open_episodes
-from errors import DataError
 from evaluation.evaluate import WorldSettings, imagine, open_held_out, read_batches
 from model.saving import TINY_WORLD
 from model.vid2world import to_pixels
 from sample import WorldModel, load_world
-from viewing.pictures import save_curves, save_strip
-from viewing.psnr import psnr
+from support.errors import DataError
+from support.options import command, option, parse
+from support.pictures import save_curves, save_strip
+from support.psnr import psnr
 
 PIXEL, POSITION = "steps/observation/gripper_pixel", "steps/observation/gripper_position"
 WORLD_VECTOR = slice(10, 13)  # of RT-1's 13 action numbers: the gripper's motion along x, y, z

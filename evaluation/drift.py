@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from commands import command, option, parse
 from data import DATA_SETS
 from evaluation.evaluate import WorldSettings, imagine, open_held_out, read_batches
 from model.saving import bundled_world
 from sample import load_world
-from viewing.pictures import save_curves, save_strip
-from viewing.psnr import psnr
+from support.options import command, option, parse
+from support.pictures import save_curves, save_strip
+from support.psnr import psnr
 
 
 def colour_shift(frames: np.ndarray) -> np.ndarray:

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from commands import command, option, parse
 from data import (
     DATA_SETS,
     DataSet,
@@ -36,7 +35,6 @@ from data import (
 )
 from dynamicrafter.checkpoint import read_checkpoint
 from episodes.frames import cut_bars
-from errors import CheckpointError, DataError, RequestError, reading
 from evaluation.metrics import (
     ENOUGH,
     FeatureNetwork,
@@ -51,9 +49,11 @@ from evaluation.nar import imagine_together
 from model.saving import bundled_world, save
 from model.vid2world import ModelConfig
 from sample import WorldModel, compare_actions, load_world
+from support.errors import CheckpointError, DataError, RequestError, reading
+from support.options import command, option, parse
+from support.pictures import save_curves
+from support.psnr import psnr
 from training.processes import join_processes, leave_processes
-from viewing.pictures import save_curves
-from viewing.psnr import psnr
 
 BETTER = {"psnr": "dB, higher is better", "ssim": "higher is better", "lpips": "lower is better",
           "fid": "lower is better", "fvd": "lower is better"}

@@ -27,18 +27,18 @@ from tqdm import tqdm
 
 from baselines.diamond import STEPS, DiamondWorld
 from baselines.train_diamond import load_diamond
-from commands import command, option, parse
 from data import Episodes, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from episodes.actions import csgo_action
-from errors import CheckpointError, reading
 from evaluation.evaluate import Still, WorldSettings, imagine, open_held_out, read_batches
 from evaluation.metrics import ssim
 from evaluation.readers import FrameReader, fit
 from model.saving import bundled_world, save
 from sample import WorldModel, load_world
-from viewing.pictures import save_strip
-from viewing.psnr import psnr
+from support.errors import CheckpointError, reading
+from support.options import command, option, parse
+from support.pictures import save_strip
+from support.psnr import psnr
 
 POSE = "steps/observation/pose"  # x and y in map units, and the direction in degrees
 GIVEN, SHORT, LONG = 4, 12, 60  # frames given, and imagined

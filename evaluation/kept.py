@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from errors import DataError
+from support.errors import DataError
 from training.run_folder import read_settings
 from training.settings import Settings as TrainSettings
 

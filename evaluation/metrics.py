@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
-from viewing.psnr import psnr  # noqa: F401, the fourth of this file's metrics
+from support.errors import UserError
+from support.psnr import psnr  # noqa: F401, the fourth of this file's metrics
 
 
 class MetricError(UserError):

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from action_guidance import guide
 from data import fit_frames
-from errors import RequestError
 from model.vid2world import to_frames, to_pixels
 from sample import WorldModel
+from support.errors import RequestError
 
 
 @torch.inference_mode()
@@ -30,13 +30,13 @@ def imagine_together(world: WorldModel, frames: np.ndarray, actions: np.ndarray)
     pixels = to_pixels(torch.from_numpy(fit_frames(frames[:1], *model.config.size,
                                                    model.config.fit))[None])
     anchor = model.encode(pixels.to(model.device))  # [1, 1, C, h, w]
-    context = model.context(model.image_tokens(pixels[:, 0].to(model.device)), T)
+    context = model.context(model.image_tokens(pixels[:, 0].to(model.device)), range(T))
     low, high = world.sampling.guidance_levels
 
     def predict(x: Tensor, k: int, keep: float) -> Tensor:
         levels = torch.full((1, T), k, device=x.device)
-        return world.run_network(x, levels, anchor, context, led_to,
-                                 torch.full((1, T), keep, device=x.device))
+        return model.denoise(x, levels, anchor, context, led_to,
+                             torch.full((1, T), keep, device=x.device)).float()
 
     def velocity(x: Tensor, k: int) -> Tensor:
         with_actions = predict(x, k, 1.0)
@@ -47,7 +47,9 @@ def imagine_together(world: WorldModel, frames: np.ndarray, actions: np.ndarray)
 
     world_state, world.generator = world.generator, torch.Generator().manual_seed(world.seed)
     try:
-        x = world.denoise(world.noise(1, T), velocity)
+        with world.autocast():
+            x = model.schedule.sample(world.noise(1, T), velocity, world.sampling.steps,
+                                      world.sampling.eta, draw_noise=lambda: world.noise(1, T))
     finally:
         world.generator = world_state
     return to_frames(model.decode(x))[0]

@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.memory import halve_frozen
+from model.memory import halve_frozen, recompute_activations
 from model.vid2world import Model, ModelConfig
-from temporal.cache import Cache
-from train import PostTraining, freeze_pictures
+from temporal.streaming import Cache
+from train import PostTraining
+from training.start import freeze_spatial_layers
 
 CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80}
 CARDS_TOGETHER = (2, 4, 8)
@@ -85,13 +86,13 @@ def sample_frame(model: Model, given: int = 15, half: bool = True) -> None:
         latents = torch.cat([model.encode(pixels[:, t : t + 1]) for t in range(T)], dim=1)
         tokens, cache = model.image_tokens(pixels[:, 0]), Cache(config.unet.num_frames)
         actions, n = torch.zeros(1, T + 2, model.action_dim), 2
-        context = model.context(tokens, T)
+        context = model.context(tokens, range(T))
         model.denoise(latents, torch.zeros(1, T, dtype=torch.long), latents[:, :1], context,
                       actions[:, :T], torch.ones(1, T), cache)
-        context = model.context(tokens, T + 1, T, n)
+        context, cache.branches = model.context(tokens, [T] * n), n
         new = latents[:, :1].repeat(1, n, 1, 1, 1)
         model.denoise(new, torch.zeros(1, n, dtype=torch.long), latents[:, :1], context,
-                      actions[:, :n], torch.ones(1, n), cache, n)
+                      actions[:, :n], torch.ones(1, n), cache)
         model.decode(latents[:, :1])
 
 
@@ -103,8 +104,9 @@ def begin_training(model: Model, checkpointing: bool, trainable: str = "all", ha
     if half:
         halve_frozen(model)
     if trainable == "temporal":
-        freeze_pictures(model)
-    model.unet.checkpointing = checkpointing
+        freeze_spatial_layers(model)
+    if checkpointing:
+        recompute_activations(model.unet)
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0  # its mask is small

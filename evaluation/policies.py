@@ -33,17 +33,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from commands import command, option, parse
 from data import SAMPLES, fit_frames, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
-from errors import CheckpointError, RequestError, reading
 from evaluation.evaluate import Still, WorldSettings
 from evaluation.kept import written
 from evaluation.readers import FrameReader
 from model.saving import CHECKPOINTS, TINY_WORLD, checkpoint_file
 from model.vid2world import Model, ModelConfig
 from sample import WorldModel, load_world
-from viewing.pictures import save_scatter, save_strip
+from support.errors import CheckpointError, RequestError, reading
+from support.options import command, option, parse
+from support.pictures import save_scatter, save_strip
 
 POLICIES, STARTS = CHECKPOINTS / "policies.pt", SAMPLES / "drawer_starts.npz"
 # The policies, each after so many steps of training: from one that never closes the drawer to one

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import require_finite
 from model.vid2world import to_pixels
+from support.errors import require_finite
 
 
 class FrameReader(nn.Module):

@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from causal_attention import attend_past
-from commands import command, option, parse
 from evaluation.plan import print_plan
 from model.device import best_device, quick_attention
-from model.memory import keep_freed_memory
+from model.memory import keep_freed_memory, recompute_activations
 from model.vid2world import PRESETS, Model
 from sample import WorldModel
+from support.options import command, option, parse
+from support.pictures import save_curves
+from temporal.streaming import attend
 from unet import UNet, UNetConfig
-from viewing.pictures import save_curves
 
 SIZES = {
     "tiny": PRESETS["tiny"],
@@ -156,7 +156,8 @@ def measure(settings: "Settings") -> None:
     unet = model.unet.train()
     if settings.batch:
         for checkpointing in ([False, True] if settings.size == "full" else [False]):
-            unet.checkpointing = checkpointing
+            if checkpointing:
+                recompute_activations(unet)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             took, operations = time_training(unet, latents, settings.batch, settings.rounds, device)
@@ -173,7 +174,7 @@ def time_layers(rounds: int = 10) -> None:
     x = torch.randn(4, 64, 18, 16, 20)  # a training batch, padded with two frames
     conv = nn.Conv3d(64, 64, (3, 1, 1))
     q, k, v = torch.randn(320, 4, 2, 16), torch.randn(320, 4, 14, 16), torch.randn(320, 4, 14, 16)
-    sees = torch.ones(2, 14, dtype=torch.bool)  # a streaming pass
+    visible = torch.ones(2, 14, dtype=torch.bool)  # a streaming pass
 
     # queries, keys and values of all pixels of a frame
     pixels = torch.randn(3, 64, 4, 80, 16, dtype=torch.bfloat16, requires_grad=True)
@@ -191,8 +192,8 @@ def time_layers(rounds: int = 10) -> None:
     cases = {"temporal convolution in training, in two dimensions against three": (
                  flat, lambda: conv(x).sum().backward()),
              "attention of two queries, written out against fused": (
-                 lambda: attend_past(q, k, v, sees),
-                 lambda: F.scaled_dot_product_attention(q, k, v, sees)),
+                 lambda: attend(q, k, v, visible),
+                 lambda: F.scaled_dot_product_attention(q, k, v, visible)),
              "spatial attention in training in bfloat16, written out against fused": (
                  learn_quickly, learn)}
     for name, (ours, plain) in cases.items():

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from causal_conv import TRANSFER_METHODS
-from commands import command, option, parse
 from data import Clips, collate, open_episodes, require_clips
 from model.saving import TINY_BASE, from_dynamicrafter, preset_of
 from model.vid2world import PRESETS, Model, to_pixels
-from viewing.pictures import save_curves
+from support.options import command, option, parse
+from support.pictures import save_curves
 
 LEVELS = (100, 300, 500, 700, 900)
 
@@ -30,7 +30,7 @@ def velocities(model: Model, frames: torch.Tensor) -> torch.Tensor:
     pixels = to_pixels(frames)
     latents = model.encode(pixels)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    context = model.context(model.image_tokens(pixels[:, 0]), frames.shape[1])
+    context = model.context(model.image_tokens(pixels[:, 0]), range(frames.shape[1]))
     return torch.stack([
         model.denoise(model.schedule.add_noise(latents, k, noise), torch.full((len(frames),), k),
                       latents[:, :1], context)

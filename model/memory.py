@@ -2,8 +2,12 @@
 PyTorch gives back."""
 import ctypes
 import sys
+from functools import partial
+
+from torch.utils.checkpoint import checkpoint
 
 from model.vid2world import Model
+from unet import UNet
 
 
 def halve_frozen(model: Model) -> None:
@@ -13,6 +17,14 @@ def halve_frozen(model: Model) -> None:
         if not any(parameter.requires_grad for parameter in part.parameters()):
             for parameter in part.parameters():
                 parameter.data = parameter.data.bfloat16()
+
+
+def recompute_activations(unet: UNet) -> None:
+    """Keep no activations of the layers: the backward pass computes them again. Less memory, more
+    time."""
+    for block in [*unet.input_blocks, unet.init_attn, unet.middle_block, *unet.output_blocks]:
+        for layer in block:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def keep_freed_memory() -> None:

@@ -23,12 +23,11 @@ from dynamicrafter.checkpoint import (
 )
 from dynamicrafter.clip import ImageTower, TextTower
 from dynamicrafter.resampler import Resampler
-from errors import CheckpointError, UserError, reading
-from model.sampling import Sampling
 from model.vid2world import PRESETS, Model, ModelConfig, plain_statistics
+from support.errors import CheckpointError, UserError, reading
 from support.schema import SchemaError, conform
 from temporal.norm import NORM_SCOPES
-from unet import UNet, UNetConfig, carry_over, released_unet, with_actions
+from unet import UNet, UNetConfig, init_action_embedding, load_dynamicrafter, load_vid2world
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"  # the bundled ones
 TINY_BASE, TINY_WORLD = CHECKPOINTS / "tiny_base.pt", CHECKPOINTS / "tiny_world.pt"
@@ -55,8 +54,8 @@ def readable_path(path: str | Path, *bundled: Path) -> str:
 def from_dynamicrafter(path: str | Path, config: ModelConfig, transfer: str = "mixed") -> Model:
     """A model from DynamiCrafter's checkpoint. Raises CheckpointError."""
     checkpoint = read_lightning(path := checkpoint_file(path))
-    return assemble(checkpoint, config, carry_over(checkpoint, config.unet, transfer, str(path)),
-                    path)
+    unet = load_dynamicrafter(checkpoint, config.unet, transfer, path)
+    return assemble(checkpoint, config, unet, path)
 
 
 def from_vid2world(path: str | Path, config: ModelConfig | None = None) -> Model:
@@ -74,7 +73,7 @@ def from_vid2world(path: str | Path, config: ModelConfig | None = None) -> Model
     config = config or replace(PRESETS["512"], unet=UNetConfig(default_fps=3))
     unet = replace(config.unet, action_dim=len(first))
     config = replace(config, all_tokens_unless_full=True, unet=unet)
-    return assemble(checkpoint, config, released_unet(checkpoint, unet, str(path)), path)
+    return assemble(checkpoint, config, load_vid2world(checkpoint, unet, path), path)
 
 
 def is_world(path: str | Path) -> bool:
@@ -97,13 +96,26 @@ def from_world(path: str | Path, config: ModelConfig) -> Model:
     if not model.config.unet.causal:
         raise CheckpointError(f"{path} is a passive run: bundle it first (python -m "
                               "bundled.bundle_checkpoint base)")
-    unet = with_actions(model.unet, config.unet.action_dim, config.unet.loud_actions)
+    unet = replace_action_embedding(model.unet, config.unet)
     print(f"world from {path}: action embedding {'kept' if unet is model.unet else 'new'}")
     unet.config = replace(unet.config, default_fps=config.unet.default_fps)
     model.unet = unet
     model.config = replace(model.config, unet=unet.config, size=config.size, fit=config.fit)
     model.action_statistics = plain_statistics(config.unet.action_dim)
     return model
+
+
+def replace_action_embedding(network: UNet, wanted: UNetConfig) -> UNet:
+    """The network of a world model for actions of the wanted width: its embedding is new, unless
+    the width is what it was."""
+    if network.config.action_dim == wanted.action_dim:
+        return network
+    weights = {name: tensor for name, tensor in network.state_dict().items()
+               if not name.startswith("action_emb")}
+    with torch.device("meta"):
+        other = UNet(replace(network.config, action_dim=wanted.action_dim, action_table=False,
+                             action_init=wanted.action_init))
+    return load_weights(other, weights | init_action_embedding(other), "the world")
 
 
 def assemble(checkpoint: dict[str, Tensor], config: ModelConfig, unet: UNet,
@@ -255,24 +267,19 @@ def load_model(path: str | Path, content: dict | None = None, kind: type[Model] 
         model.schedule = NoiseSchedule(saved.config.base_scale)
     model.sampling, model.trained_on = saved.sampling, asdict(saved.data)
     load_weights(model, weights, source=str(path))
-    mean, deviation, within = model.action_statistics
-    if not (mean.isfinite().all() and deviation.isfinite().all() and (deviation > 0).all()
-            and (within > 0).all()):
-        raise CheckpointError(f"{path}: action_statistics must be finite means, deviations above 0 "
-                              "and distances above 0")
+    mean, std, most = model.action_statistics
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
+            and (most > 0).all()):
+        raise CheckpointError(f"{path}: action_statistics must be finite means, and standard "
+                              "deviations and clipping distances above 0")
     return model
 
 
 def read_saved(content: dict, path: Path) -> Saved:
     """What a checkpoint says, checked. Raises CheckpointError."""
-    config, sampling = content.get("config"), content.get("sampling", {})
-    if isinstance(config, dict) and "fps" in config and isinstance(config.get("unet"), dict):
-        # the first format says the frame rate here
-        unet = config["unet"] | {"default_fps": config["fps"]}
-        config = {name: value for name, value in config.items() if name != "fps"} | {"unet": unet}
+    config = with_present_names(content.get("config"))
     try:
-        chosen = conform(Sampling, sampling, "sampling")
-        saved = conform(Saved, content | {"config": config, "sampling": {}}, "", BOUNDS, spare=True)
+        saved = conform(Saved, content | {"config": config}, "", BOUNDS, spare=True)
         for name in missing_sizes(asdict(saved.config), config):
             raise SchemaError(f"config has no {name}")
         check_config(saved.config)
@@ -281,7 +288,20 @@ def read_saved(content: dict, path: Path) -> Saved:
                               "it")
     except UserError as error:
         raise CheckpointError(f"{path} is no checkpoint of this project: {error}") from None
-    return replace(saved, sampling={name: getattr(chosen, name) for name in sampling})
+    return saved
+
+
+def with_present_names(config: object) -> object:
+    """A config as earlier versions wrote it: the frame rate stood outside of the U-Net's, and He
+    initialisation was called loud."""
+    if not (isinstance(config, dict) and isinstance(config.get("unet"), dict)):
+        return config
+    unet = dict(config["unet"])
+    if "fps" in config:
+        unet["default_fps"] = config["fps"]
+    if "loud_actions" in unet:
+        unet["action_init"] = "he" if unet.pop("loud_actions") else "pytorch"
+    return {name: value for name, value in config.items() if name != "fps"} | {"unet": unet}
 
 
 def missing_sizes(config: dict, said: dict) -> Iterator[str]:
@@ -303,8 +323,9 @@ def check_config(config: ModelConfig) -> None:
     smallest = autoencoder.factor * 2 ** (len(unet.channel_mult) - 1)
     if any(side < 1 or side % smallest for side in config.size):
         raise SchemaError(f"size is {config.size}; expected multiples of {smallest}")
-    if config.fit not in ("pad", "crop") or unet.norm_scope not in NORM_SCOPES:
-        raise SchemaError(f"fit is {config.fit!r:.40} and norm_scope {unet.norm_scope!r:.40}; "
-                          f"expected pad or crop, and one of {', '.join(NORM_SCOPES)}")
+    for value, known in ((config.fit, ("pad", "crop")), (unet.norm_scope, NORM_SCOPES),
+                         (unet.action_init, ("pytorch", "he"))):
+        if value not in known:
+            raise SchemaError(f"config has {value!r:.40}; expected one of {', '.join(known)}")
     if config.resampler.num_frames != unet.num_frames:
         raise SchemaError(f"num_frames is {unet.num_frames} and {config.resampler.num_frames}")

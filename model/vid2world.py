@@ -11,6 +11,7 @@ Training and sampling go through the same five methods: `encode`, `image_tokens`
 `denoise`, `decode`. Whoever wants another base than DynamiCrafter writes another class with these
 five.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from diffusion_forcing import NoiseSchedule
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTowerConfig, preprocess
 from dynamicrafter.resampler import Resampler, ResamplerConfig
-from temporal.cache import Cache
+from temporal.streaming import Cache
 from unet import Context, UNet, UNetConfig
 
 
@@ -49,7 +50,7 @@ class ModelConfig:
 TINY = ModelConfig(  # frames are 16×20 latents of 4 numbers: fine detail, as of a robot's gripper
     unet=UNetConfig(model_channels=64, channel_mult=(1, 1, 2), num_res_blocks=1,
                     attention_resolutions=(2,), head_channels=16, context_dim=64, dropout=0.0,
-                    loud_actions=True),
+                    action_init="he"),
     autoencoder=AutoencoderConfig(channels=32, channel_mult=(1, 2, 2), num_res_blocks=1,
                                   latent_scale=1.0),
     image_tower=ImageTowerConfig(image_size=64, patch_size=16, width=64, layers=2, heads=2,
@@ -72,16 +73,20 @@ PRESETS = {
         autoencoder=replace(TINY.autoencoder, channel_mult=(1, 2, 2, 2), latent_channels=8)),
 }
 
-
-WITHIN = 5.0  # deviations: actions farther out than any that was learned from are cut off there
+# Sampling settings that measurement found best for the small models (evaluation/RESULTS.md).
+TUNED_SAMPLING = {"tiny": {"guidance": 2.0, "guidance_levels": (0, 300), "steps": 4, "eta": 0.0},
+                  "arena": {"guidance": 1.0, "steps": 2, "eta": 0.0}}
+CLIP_STD = 5.0  # standardised actions are clipped to ± this, in training and in sampling
 
 
 class Model(nn.Module):
+    """Frames in, velocities and frames out: the U-Net with all that it needs. Shapes and units are
+    at its five methods."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # what measurement found best for this model: see `model.sampling.Sampling`
-        self.sampling: dict = {}
+        self.sampling: dict = {}  # settings that are best for this model: see `sample.Sampling`
         self.trained_on: dict = {}  # its data set, where that is known: name, root, fps, names
         self.unet = UNet(config.unet)
         self.autoencoder = Autoencoder(config.autoencoder)
@@ -112,19 +117,21 @@ class Model(nn.Module):
         factor = autoencoder.factor
         return autoencoder.latent_channels, height // factor, width // factor
 
-    def set_action_statistics(self, mean: np.ndarray, deviation: np.ndarray) -> None:
-        """Take actions [A] in units of their deviation from now on; a number that never varies is
-        left alone."""
-        varies = torch.from_numpy(deviation > 1e-6 * np.maximum(abs(mean), 1))
-        measured = torch.stack([torch.from_numpy(mean), torch.from_numpy(deviation),
-                                torch.full(mean.shape, WITHIN)]).float()
+    def set_action_statistics(self, mean: np.ndarray, std: np.ndarray) -> None:
+        """Standardise actions by this mean and standard deviation [A] from now on; a dimension that
+        never varies is left as it is."""
+        varies = torch.from_numpy(std > 1e-6 * np.maximum(abs(mean), 1))
+        measured = torch.stack([torch.from_numpy(mean), torch.from_numpy(std),
+                                torch.full(mean.shape, CLIP_STD)]).float()
         plain = plain_statistics(self.action_dim)
         self.action_statistics = torch.where(varies, measured, plain).to(self.device)
 
     def standardise(self, actions: Tensor) -> Tensor:
-        """Actions [..., A] in the data's own units -> in those that the network has learned."""
-        mean, deviation, within = self.action_statistics
-        return ((actions - mean) / deviation).clamp(-within, within)
+        """Actions [..., A] in the data's own units -> in standard deviations from the mean, clipped
+        to ±5. Plain statistics (`plain_statistics`) change nothing."""
+        mean, std, most = self.action_statistics
+        # a ← (a - μ) / σ
+        return ((actions - mean) / std).clamp(-most, most)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels [B, T, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w]; with noise, a sample."""
@@ -149,32 +156,24 @@ class Model(nn.Module):
             return tokens[:, None].expand(-1, frames, -1, -1)
         return tokens.unflatten(1, (slots, -1))[:, :frames]
 
-    def context(self, tokens: Tensor, frames: int, first: int = 0,
-                alternatives: int = 1) -> Context:
-        """What frames `first` .. `frames` - 1 of a clip read of the caption and of the anchor's
-        image tokens.
-
-        alternatives  how many versions of the last frame there will be side by side
-        """
-        image = self.image_context(tokens, frames)[:, first:]
-        image = torch.cat([image] + [image[:, -1:]] * (alternatives - 1), dim=1)
-        return self.unet.context(self.text.expand(len(tokens), -1, -1), image)
+    def context(self, tokens: Tensor, slots: Sequence[int]) -> Context:
+        """What the cross-attentions attend to, for the frames in these slots of a clip: the caption
+        and the anchor's image tokens. The clip ends with the last slot."""
+        image = self.image_context(tokens, slots[-1] + 1)[:, list(slots)]  # [B, T, L, D]
+        return self.unet.project_context(self.text.expand(len(tokens), -1, -1), image)
 
     def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, context: Context,
-                actions: Tensor | None = None,
-                action_mask: Tensor | None = None, cache: Cache | None = None,
-                alternatives: int = 0) -> Tensor:
-        """The velocity [B, T, C, h, w] of a clip x, given its anchor's latents [B, 1, C, h, w] and
-        the context.
-
-        cache, alternatives  as in `UNet.predict`
-        """
-        x = torch.cat([x, anchor.expand_as(x)], dim=2)
-        return self.unet.predict(x, k, context, None, actions, action_mask, cache, alternatives)
+                actions: Tensor | None = None, action_mask: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        """The velocity [B, T, C, h, w] of noisy latents x, given the anchor's latents
+        [B, 1, C, h, w] and the context; the rest as in `UNet.forward`."""
+        x = torch.cat([x, anchor.expand_as(x)], dim=2)  # [B, T, 2 C, h, w]
+        return self.unet.forward_projected(x, k, context, None, actions, action_mask, cache)
 
 
 def plain_statistics(action_dim: int) -> Tensor:
-    """Mean, deviation and largest distance [3, A] with which `standardise` changes nothing."""
+    """Mean, standard deviation and clipping distance [3, A] with which `standardise` changes
+    nothing."""
     return torch.tensor([0.0, 1.0, float("inf")])[:, None].repeat(1, action_dim)
 
 

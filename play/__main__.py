@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from commands import command, option, parse
 from data import DATA_SETS
-from errors import RequestError
 from model.saving import bundled_world
 from play.keys import with_keys
 from play.server import PlayServer
 from sample import WorldModel, load_world, open_data
+from support.errors import RequestError
+from support.options import command, option, parse
 
 FASTEST = 8.0  # frames per second: faster than this, nobody could steer
 

@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 
 from data import DataSet, Episodes
-from errors import UserError
 from model.memory import return_freed_memory
 from model.vid2world import to_frames
 from play.keys import Keyboard
 from sample import Window, WorldModel
-from viewing.pictures import gif_duration, gif_stride
+from support.errors import UserError
+from support.pictures import gif_duration, gif_stride
 
 RING, LONGEST_GIF = 16, 600  # frames that one can go back to, and that an animation has at most
 
@@ -147,7 +147,7 @@ class Session:
                 del self.moments[later]
             while self.played and self.played[-1][0] > number:
                 self.played.pop()
-            self.world.go_back(self.moments[number].window)
+            self.world.restore(self.moments[number].window)
             self.keyboard.rest = self.moments[number].rest
         return_freed_memory()
 

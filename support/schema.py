@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
-from errors import UserError
+from support.errors import UserError
 
 BOUNDS = {int: (0, 2**16), float: (-1e30, 1e30)}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text",

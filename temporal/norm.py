@@ -1,9 +1,9 @@
 """Normalisation over time that looks only back: the third leak, which the paper does not mention.
 
-A GroupNorm divides by the deviation of everything it sees. Over a whole clip it sees the future as
-well: change the last frame, and the statistics of the clip change, and with them every earlier
-frame. So a network with causal convolutions and causal attention still reads a future that a
-rollout does not have.
+A GroupNorm divides by the standard deviation of its whole input. Over a clip that includes the
+future: change the last frame, and the statistics of the clip change, and with them every earlier
+frame. So a network with causal convolutions and causal attention still uses a future that is not
+there in a rollout.
 
 `scope` says which frames the statistics of frame t include:
 
@@ -17,11 +17,13 @@ By definition, "past" at frame t is
     group_norm(x[:, :, : t + 1])[:, :, t]
 
 which `past_by_definition` computes, frame after frame. `TemporalNorm` computes the same in one
-pass: each frame's own mean and variance first, then their pool over the frames so far. No scope has
-parameters of its own, so pretrained weights load into each.
+pass: each frame's own mean and variance first, then those of all frames so far. No scope has
+parameters of its own, so pretrained weights load into each. Not in the paper.
 """
 import torch
 from torch import Tensor, nn
+
+from temporal.streaming import Cache, stream_statistics
 
 NORM_SCOPES = ("clip", "past", "frame")
 
@@ -34,8 +36,8 @@ def past_by_definition(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 class TemporalNorm(nn.GroupNorm):
     """GroupNorm of a video with statistics over the frames that `scope` names, computed in float32.
 
-    In a rollout, `cache` (temporal/cache.py) remembers the statistics of the frames so far.
-    Raises ValueError for an unknown scope.
+    With a cache, x holds the new frames alone (temporal/streaming.py). Raises ValueError for an
+    unknown scope.
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, scope: str = "clip"):
@@ -44,7 +46,7 @@ class TemporalNorm(nn.GroupNorm):
             raise ValueError(f"norm_scope is {scope!r}; it must be one of {', '.join(NORM_SCOPES)}")
         self.scope = scope
 
-    def forward(self, x: Tensor, cache=None) -> Tensor:  # [B, C, T, H, W]
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [B, C, T, H, W]
         if self.scope == "clip" and cache is None:
             return super().forward(x)
         if self.scope == "frame":
@@ -53,22 +55,20 @@ class TemporalNorm(nn.GroupNorm):
         with torch.autocast(x.device.type, enabled=False):
             return self.over_past(x.float(), cache)
 
-    def over_past(self, x: Tensor, cache) -> Tensor:
-        """Scope "past"; with a cache scope "clip" too, since a cache has no future to offer."""
+    def over_past(self, x: Tensor, cache: Cache | None) -> Tensor:  # [B, C, T, H, W] -> the same
+        """Statistics over frames ≤ t. With a cache also for scope "clip", as an approximation: the
+        frames after t are not there yet."""
         groups = x.unflatten(1, (self.num_groups, -1))  # [B, G, C/G, T, H, W]
         mean = groups.mean((2, 4, 5))  # [B, G, T], of each frame alone
         var = groups.var((2, 4, 5), correction=0)
-        if cache is None:
-            sees = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).tril()
+        if cache is not None:
+            mean, var = stream_statistics(self, mean, var, cache)
+            visible = cache.visible(x.device)
         else:
-            sees = cache.sees(x.device)
-            if remembered := cache.recall(self):
-                mean, var = (torch.cat(both, dim=-1)
-                             for both in zip(remembered, (mean, var), strict=True))
-            frames = cache.frames + cache.appended
-            cache.keep(self, mean[..., :frames], var[..., :frames])
-        mean, var = pool(mean, var, sees)  # [B, G, T], of all frames so far
+            visible = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).tril()
+        mean, var = pool_statistics(mean, var, visible)  # [B, G, T], of all frames so far
 
+        # y = (x - mean) / √(var + ε) · weight + bias, as one scale and one shift per channel
         weight = self.weight.view(self.num_groups, -1, 1)  # [G, C/G, 1]
         bias = self.bias.view(self.num_groups, -1, 1)
         scale = (var + self.eps).rsqrt()[:, :, None] * weight  # [B, G, C/G, T]
@@ -76,15 +76,12 @@ class TemporalNorm(nn.GroupNorm):
         return (groups * scale[..., None, None] + shift[..., None, None]).flatten(1, 2)
 
 
-def pool(mean: Tensor, var: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
-    """From each frame's own mean and variance, [..., F], to those of all it sees, [..., T].
-
-    sees  bool [T, F]
-
-    The pooled variance is the mean of the variances plus the spread of the means.
-    """
-    share = sees / sees.sum(dim=1, keepdim=True)  # [T, F], equal weights
+def pool_statistics(mean: Tensor, var: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Each frame's own mean and variance [..., F] -> those over the frames that each of T frames
+    sees, [..., T]. visible is bool [T, F]."""
+    share = visible / visible.sum(dim=1, keepdim=True)  # [T, F], equal weights
     pooled = mean @ share.T  # [..., T]
+    # variance of a union = mean of the variances + variance of the means
     spread = (mean[..., None, :] - pooled[..., None]).square()  # [..., T, F]
     return pooled, ((var[..., None, :] + spread) * share).sum(-1)
 

@@ -22,16 +22,16 @@ from dynamicrafter.checkpoint import read_checkpoint
 from episodes import from_lerobot, from_rlds, from_video, video
 from episodes.images import decode
 from episodes.tfrecord import encode_example, write_records
-from errors import CheckpointError, DataError
 from evaluation import evaluate
 from model.saving import TINY_WORLD, load_model, load_world_model, preset_of
 from sample import load_world
+from support.errors import CheckpointError, DataError, UserError
+from support.pictures import save_gif
 from testing.commands import folder, needs, raises, refused, run_command
 from testing.episodes import encode_jpeg, make_csgo, make_pictures, shard_of
 from testing.networks import small_networks
 from testing.worlds import SMALL, losses, save_world, small_checkpoint, small_preset, train_words
 from unet import load_dynamicrafter
-from viewing.pictures import save_gif
 
 HERE = Path(__file__).parent.parent
 
@@ -82,10 +82,12 @@ def test_fields_of_the_wrong_kind_are_refused_by_name():
                         ("config.unet", None), ("config.unet.num_res_blocks", 10**12),
                         ("config.unet.model_channels", 64.0), ("config.unet.norm_scope", "all"),
                         ("config.unet.channel_mult", [1] * 99), ("sampling", [3]),
-                        ("sampling.steps", 0), ("sampling.guidance", "much"),
                         ("data", {"name": 3}), ("frozen", "../frozen.pt"), ("weights", [1])):
         with raises(CheckpointError, "no checkpoint of this project"):
             load_world_model(spoiled(lambda content, p=path, v=value: put(content, p, v)))
+    for field, value in (("steps", 0), ("guidance", "much"), ("eta", float("nan")), ("x", 1)):
+        with raises(UserError, "steps is 0|sampling of the checkpoint"):
+            load_world(spoiled(lambda content, f=field, v=value: put(content["sampling"], f, v)))
     with raises(CheckpointError, "config has no size"):
         load_world_model(spoiled(lambda content: content["config"].pop("size")))
     for value in (torch.eye(3).to_sparse(), torch.eye(3, device="meta")):

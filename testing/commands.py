@@ -2,12 +2,15 @@
 import contextlib
 import importlib.util
 import io
+import os
 import re
 import signal
 import socket
 import tempfile
 from pathlib import Path
 from unittest import SkipTest
+
+os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp()  # indexes of this run's data
 
 
 @contextlib.contextmanager

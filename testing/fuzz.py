@@ -30,8 +30,8 @@ import torch
 
 from data import open_episodes
 from episodes import from_lerobot, from_video
-from errors import UserError
 from sample import load_world
+from support.errors import UserError
 from testing.commands import folder, run_command
 from testing.episodes import make_csgo, make_pictures
 from testing.worlds import save_world

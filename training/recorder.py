@@ -9,15 +9,15 @@ from tqdm import tqdm
 
 from data import Episodes, fit_frames
 from dynamicrafter.checkpoint import is_finite
-from errors import DataError, DivergedError
 from model.saving import frozen_weights, save, trained_weights
 from model.vid2world import Model
 from sample import WorldModel, rollout
+from support.errors import DataError, DivergedError
+from support.pictures import save_strip
+from support.psnr import psnr
 from training.run_folder import Claim, Log
 from training.settings import Settings
 from training.sharding import gather
-from viewing.pictures import save_strip
-from viewing.psnr import psnr
 
 
 class Recorder:

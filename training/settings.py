@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from causal_conv import TRANSFER_METHODS
-from commands import option, parse
 from data import DATA_SETS, open_episodes
-from errors import RequestError, reading
 from model.saving import TINY_BASE, preset_of
 from model.vid2world import PRESETS, ModelConfig
+from support.errors import RequestError, reading
+from support.options import option, parse
 from temporal.norm import NORM_SCOPES
 from training.run_folder import read_settings
 
@@ -63,12 +63,11 @@ class Settings:
     dropout: float | None = None  # of every layer that has one; None: the network's own
     # vary colours and place of training clips; None: as the data set has it
     augment: bool | None = None
-    # a new action embedding begins with He's weights in place of PyTorch's; None: as the preset has
-    loud_actions: bool | None = None
+    # initialisation of a new action embedding, "pytorch" or "he"; if empty, as the preset has
+    action_init: str = ""
     shared_level: bool = False  # one noise level per clip: no diffusion forcing
-    # chance that a frame's level is of the lowest tenth: see `draw_levels`
-    clear_frames: float = 0.0
-    weighting: str = "velocity"  # of the loss: see `diffusion_forcing_loss`
+    low_noise_prob: float = 0.0  # that a frame's level is of the lowest tenth: see `draw_levels`
+    loss_weighting: str = "velocity"  # or "x0": see `diffusion_forcing_loss`
     autoencoder_steps: int = 1000  # without --base
     val_every: int = 500  # steps between validation losses
     val_clips: int = 16  # held-out clips in one of them
@@ -123,15 +122,15 @@ def complete(settings: Settings) -> None:
         settings.size = small_size(settings) if preset.small else list(preset.size)
     settings.bf16 = torch.cuda.is_available() if settings.bf16 is None else settings.bf16
     settings.shared_level = settings.shared_level or settings.passive
-    if settings.loud_actions is None:
-        settings.loud_actions = preset.unet.loud_actions
+    settings.action_init = settings.action_init or preset.unet.action_init
     for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every",
                  "val_clips", "sample_every"):
         if getattr(settings, name) < 1:
             raise RequestError(f"{name} is {getattr(settings, name)}; it must be at least 1")
     if settings.fps is not None and (settings.data != "folder" or not settings.fps > 0):
         raise RequestError(f"fps is {settings.fps:g}; it must be above 0, and is for --data folder")
-    for name, known in (("weighting", ("velocity", "clean")), ("norm_scope", NORM_SCOPES)):
+    for name, known in (("loss_weighting", ("velocity", "x0")), ("norm_scope", NORM_SCOPES),
+                        ("action_init", ("pytorch", "he"))):
         if getattr(settings, name) not in known:
             raise RequestError(f"{name} is {getattr(settings, name)!r}; it must be one of "
                                f"{', '.join(known)}")

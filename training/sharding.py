@@ -1,6 +1,6 @@
-"""What learns, spread over processes (train.py --shard): PyTorch's FSDP2.
+"""Trainable parameters sharded over processes (train.py --shard): PyTorch's FSDP2.
 
-    without    every process holds 16 bytes for every parameter that learns: the weight, its
+    without    every process holds 16 bytes for every trainable parameter: the weight, its
                gradient, and the two moments of AdamW
     --shard    n processes hold 16/n bytes each. A layer's weights are gathered just before it runs
                and let go after it; its gradients are added up and each process keeps its piece
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dynamicrafter.layers import CrossAttention
-from errors import RequestError
 from model.vid2world import Model
+from support.errors import RequestError
 
 try:
     from torch.distributed.fsdp import (
@@ -30,8 +30,8 @@ except ImportError:  # before 2.6
 
 
 def shard(model: Model, bf16: bool) -> None:
-    """Cut the parts that learn into pieces, one for each process; before there is an optimizer.
-    The others stay whole everywhere.
+    """Shard the trainable parts over the processes, before there is an optimizer. The frozen ones
+    stay whole everywhere.
 
     bf16  gather weights in half precision; gradients are added up in float32 all the same
 
@@ -61,7 +61,7 @@ def shard(model: Model, bf16: bool) -> None:
     for part in parts:
         fully_shard(part, **options)
     # Weights are gathered when `forward` is called, or one of these.
-    for method in ("context", "predict"):
+    for method in ("project_context", "forward_projected"):
         register_fsdp_forward_method(unet, method)
     for layer in cross_attentions:
         register_fsdp_forward_method(layer, "project")
@@ -83,7 +83,7 @@ def gather(state: object) -> object:
     return state
 
 
-class AdamWInPieces(torch.optim.AdamW):
+class ShardedAdamW(torch.optim.AdamW):
     """AdamW on this process's pieces; what it saves and loads is whole.
 
     AdamW treats every number by itself, so the pieces can be plain tensors. PyTorch would plan one

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from errors import require_finite
+from support.errors import require_finite
 
 
 def fit_autoencoder(autoencoder: nn.Module, batches: Iterable[Tensor], steps: int,

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
 
-from errors import UserError
+from support.errors import UserError
 
 
 def option(default: object, help: str, type: type | None = None, least: float | None = None,

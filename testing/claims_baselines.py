@@ -1,0 +1,556 @@
+"""Claims about the other ways to steer a video model, and about memory and machines."""
+import gzip
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from baselines import (
+    action_finetuning,
+    classifier_guidance,
+    clips,
+    controlnet,
+    diamond,
+    language_finetuning,
+    train_diamond,
+)
+from baselines.tokenizer import Tokenizer
+from data import DATA_SETS, SAMPLES, Clips, collate, open_episodes
+from dynamicrafter import autoencoder
+from dynamicrafter.checkpoint import read_checkpoint, read_lightning
+from dynamicrafter.layers import sinusoidal_embedding
+from episodes.actions import csgo_action
+from episodes.tfrecord import (
+    encode_example,
+    write_records,
+)
+from evaluation import (
+    baselines,
+    contact,
+    drift,
+    game,
+    plan,
+    policies,
+)
+from model import device
+from model.memory import halve_frozen
+from model.saving import (
+    TINY_BASE,
+    TINY_WORLD,
+    frozen_weights,
+    load_model,
+    save,
+    trained_weights,
+)
+from model.vid2world import PRESETS, Model, to_frames
+from support.errors import DataError, RequestError
+from testing import full_size
+from testing.commands import folder, raises, refused, run_command
+from testing.episodes import (
+    encode_jpeg,
+    make_rt1,
+)
+from testing.golden import (
+    error_of,
+)
+from testing.worlds import (
+    small_checkpoint,
+    small_episode,
+    small_world,
+    train_words,
+)
+from training.settings import Settings
+
+HERE = Path(__file__).parent.parent
+DIAMOND = diamond.DiamondConfig(action_dim=0, channels=(32, 32), attention=(False, True), blocks=1,
+                                cond=32)
+
+
+# --------------------------------------------------------------------------------------------------
+# baselines/
+
+
+def test_diamonds_network_has_a_task_of_unit_size_at_every_noise_level():
+    # which is what EDM's scaling is for: a network that answers 0 is then off by 1, on pixels of
+    # the deviation that is assumed
+    network = diamond.Diamond(replace(DIAMOND, action_dim=2))
+    pixels, actions = diamond.SIGMA_DATA * torch.randn(500, 5, 3, 8, 8), torch.zeros(500, 5, 2)
+    before = diamond.draw_sigma
+    try:
+        for sigma in (0.01, 0.1, 1.0, 10.0):
+            diamond.draw_sigma = lambda n, sigma=sigma: torch.full((n,), sigma)
+            assert abs(diamond.loss_of(network, pixels, actions).item() - 1) < 0.1, sigma
+    finally:
+        diamond.draw_sigma = before
+    assert np.allclose(diamond.noise_levels(1), [5, 0])
+    levels = diamond.noise_levels(3)
+    assert np.allclose(levels[::2], [5, 0.002]) and levels == sorted(levels)[::-1]
+
+
+def test_diamond_learns_what_actions_do():
+    # a picture that the last action paints: white or black
+    torch.manual_seed(0)
+    network = diamond.Diamond(replace(DIAMOND, action_dim=1))
+    optimizer = torch.optim.AdamW(network.parameters(), 5e-3)
+    def clips(n: int) -> tuple[Tensor, Tensor]:
+        actions = torch.randint(2, (n, 6, 1)).float()
+        pixels = torch.full((n, 6, 3, 8, 8), -0.6)
+        pixels[:, 1:] += 1.2 * actions[:, :5, :, None, None]
+        return pixels, actions
+    for _ in range(60):
+        loss = diamond.loss_of(network, *clips(16))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    frames, actions = (to_frames(clips(1)[0]), clips(1)[1].numpy())
+    world = diamond.DiamondWorld(network, steps=3)
+    means = []
+    for action in (1, 0, 0, 1):
+        world.reset(frames[:, :4], actions[:, :3])
+        means.append(world.step(np.array([[action]], np.float32)).mean())
+    assert min(means[0], means[3]) > max(means[1], means[2]) + 60, means
+    with raises(RequestError, "DIAMOND needs 4"):
+        world.reset(frames[:, :3], actions[:, :2])
+
+
+def test_diamond_trains_and_rolls_out():
+    root, out = make_rt1([8] * 8), folder()
+    words = ["--data", "rt1", "--root", root, "--out", out]
+    code, output = run_command(train_diamond.main, "train", *words, "--minutes", 0.02, "--batch", 2,
+                               "--workers", 0)
+    assert code == 0 and "7.3 M parameters" in output, output
+    for sampling in diamond.STEPS:
+        code, output = run_command(train_diamond.main, "sample", *words, "--checkpoint",
+                                   out / "checkpoint.pt", "--sampling", sampling, "--frames", 6)
+        assert code == 0 and "2 frames at" in output, output
+    refused(train_diamond.main, "sample", *words, "--checkpoint", TINY_WORLD,
+            saying="is no checkpoint of baselines/train_diamond.py")
+
+
+def test_places_in_the_hall_are_compared_across_the_turn_of_a_circle():
+    distance, turned = game.apart(np.array([[3.0, 4.0, -170.0]]), np.array([[0.0, 0.0, 170.0]]))
+    assert distance.tolist() == [5] and turned.tolist() == [20]
+    assert game.apart(np.array([0, 0, 90.0]), np.array([0, 0, 350.0]))[1] == 100
+
+
+def test_a_pose_reader_learns_and_is_kept():
+    episodes = open_episodes("csgo", SAMPLES, "train").where(np.arange(6))
+    reader = game.open_reader(path := folder() / "reader.pt", episodes, steps=60)
+    frames = np.concatenate([episodes[i].frames for i in range(6)])
+    poses = np.concatenate([episodes[i].feature(game.POSE) for i in range(6)])
+    distance, turned = game.apart(game.read_poses(reader, frames), poses)
+    _, chance = game.apart(poses, np.roll(poses, 16, axis=0))
+    assert np.median(abs(turned)) < np.median(abs(chance)) / 2, np.median(abs(turned))
+    again = game.open_reader(path, episodes, steps=0)
+    assert np.array_equal(again.read(frames), reader.read(frames))
+    other = game.open_reader(path, episodes, steps=0, source="another hall")
+    assert not np.array_equal(other.read(frames), reader.read(frames))
+
+
+def test_a_game_is_measured_against_diamond_and_standing_still():
+    config = replace(DIAMOND, action_dim=51, size=(64, 80))
+    save(path := folder() / "diamond.pt", {"diamond": asdict(config),
+                                           "weights": diamond.Diamond(config).state_dict()})
+    words = ["--episodes", 2, "--steps", 1, "--reader-steps", 2, "--out", path.parent]
+    code, said = run_command(game.main, *words, "--quick", "--diamond", path)
+    result = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))["short"]
+    assert code == 0 and list(result) == ["repeating", "DIAMOND, fast", "DIAMOND, hq", "Vid2World"]
+    assert result["repeating"]["frames above repeating"] == 0 and "12 frames of own" in said
+    starts = game.Starts(np.zeros((2, 16, 64, 80, 3), np.uint8), np.zeros((2, 16, 51)), None)
+    clips = game.roll(game.Still(), starts, batch=1, action=csgo_action(["w"]), new=20)
+    assert clips.shape == (2, 24, 64, 80, 3)  # longer than the episode
+    refused(game.main, *words, "--frames", 500, saying="the longest has 104")
+
+
+def test_the_drift_of_a_long_rollout_is_measured():
+    grey = np.full((3, 8, 8, 3), 100, np.uint8)
+    grey[1] += 10
+    grey[2, ::2] += 20
+    assert np.allclose(drift.colour_shift(grey), [0, 300**0.5, 300**0.5])
+    assert np.allclose(drift.sharpness(grey), [0, 0, 10])
+    code, said = run_command(drift.main, "--data", "csgo", "--episodes", 1, "--frames", 9,
+                             "--steps", 1, "--out", out := folder())
+    means = json.loads((out / "drift_csgo.json").read_text(encoding="utf-8"))["means"]
+    assert code == 0 and len(means["psnr"]["imagined"]) == 9 and "| 8 |" in said
+    assert (out / "sharpness_csgo.png").exists()
+
+
+def test_rank_violations_are_those_of_the_published_example():
+    true = np.array([0, 0.889, 0.926, 0.741, 0.630, 0.519])  # SIMPLER's drawer, six policies
+    imagined = np.array([0.278, 0.667, 0.861, 0.891, 0.343, 0.444])
+    assert round(policies.pearson(true, imagined), 3) == 0.771
+    assert round(policies.mmrv(true, imagined), 3) == 0.123
+    assert policies.mmrv(true, true) == 0 and np.isnan(policies.pearson(true, 0 * true))
+    low, high = policies.interval(45, 50)
+    assert abs(low - 0.786) < 2e-3 and abs(high - 0.957) < 2e-3  # Wilson's, as in tables
+    assert policies.interval(0, 10)[0] == 0 and policies.interval(10, 10)[1] == 1
+
+
+def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_action():
+    class Counter:  # a world whose frames count up by the action
+        def reset(self, frames):
+            self.frames = frames[:, -1]
+
+        def step(self, actions):
+            self.frames = self.frames + actions.astype(np.uint8)[:, :, None, None]
+            return self.frames
+
+    starts = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)
+    for shuffled in (False, True):
+        videos = policies.roll_out(Counter(), lambda frames: 2 ** frames[:, :, 0, 0] % 3 + 1,
+                                   starts, shuffled, horizon=1)
+        assert videos.shape == (3, 2, 1, 1, 1)
+        moved = (videos[:, 1] - starts).ravel()
+        assert np.array_equal(moved, np.roll([2, 3, 2], 1) if shuffled else [2, 3, 2])
+    assert policies.to_action(np.array([[2.0, -0.5, 0, 1]])).tolist() == [
+        [0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, -0.5, 0]]
+
+
+def test_policies_are_judged_by_the_verifier_or_a_person():
+    out = folder()
+    shutil.copy(TINY_BASE, out)
+    world = shutil.copy(TINY_WORLD, out)
+    options = ["--starts", 3, "--horizon", 2, "--steps", 1, "--out", out, "--checkpoint", world]
+    code, said = run_command(policies.main, *options, "--controls", "--judge")
+    assert code == 0 and said.count("| untrained | 0 % |") == 3, said
+    names = re.findall('name="([^"]+)"', page := (out / "judge.html").read_text(encoding="utf-8"))
+    assert len(names) == 3 * 6 * 3 == page.count("data:image/png")  # worlds, policies, starts
+
+    again = AssertionError("rolled out")
+    with mock.patch.object(policies, "roll_out", side_effect=again):  # all is known
+        assert run_command(policies.main, *options, "--controls")[0] == 0
+        verdicts = {name: "Vid2World" in name and "/4000 steps/" in name for name in names}
+        (out / "verdicts.json").write_text(json.dumps(verdicts), encoding="utf-8")
+        code, said = run_command(policies.main, *options, "--verdicts", out / "verdicts.json")
+        os.utime(world, (0, 0))  # it has learned on: nothing is known of it
+        with raises(AssertionError, "rolled out"):
+            run_command(policies.main, *options)
+    assert code == 0 and "| 4000 steps | 100 % |" in said and "| 90 steps | 0 % |" in said, said
+    assert (out / "agreement.md").read_text(encoding="utf-8").count("Vid2World") == 1
+
+
+def test_contact_is_read_off_openings():
+    true = np.array([[0.1, 0.1], [0.1, 0.02], [0.1, 0.1]])
+    imagined = np.array([[0.1, 0.05], [0.1, 0.04], [0.1, 0.1]])
+    # one of three drawers moves, and does so in the model; so does one of the two others
+    assert contact.describe(true, imagined) == "1 of 3 | 100 % | 50 % | 20 | -10"
+    assert contact.describe(true[1:2], true[1:2]) == "1 of 1 | 100 % | – | 0 | +0"
+
+    class Still:
+        def reset(self, frames):
+            self.actions = []
+            assert frames.shape == (3, 1, 2, 2, 3)
+
+        def step(self, actions):
+            self.actions.append(actions)
+            return starts + len(self.actions)
+
+    starts, numbers = np.zeros((3, 2, 2, 3), np.uint8), np.random.uniform(-1, 1, (3, 5, 4))
+    videos = contact.replay(world := Still(), starts, numbers)
+    assert videos[:, :, 0, 0, 0].tolist() == [[0, 1, 2, 3, 4, 5]] * 3
+    assert np.allclose(np.stack(world.actions, 1)[..., 10:], numbers[..., :3], atol=1e-6)
+
+
+def clip_baselines() -> tuple[np.ndarray, np.ndarray, Model, dict[str, tuple]]:
+    """A clip's first frame and actions, the passive base, and each baseline's recipe and model."""
+    settings = train.parse_arguments(["--data", "rt1"])
+    episodes = open_episodes("rt1", SAMPLES, "val")
+    frames, actions = episodes[0].read(0, 4)
+    recipes = {"action": action_finetuning.RECIPE, "controlnet": controlnet.RECIPE,
+               "classifier": classifier_guidance.RECIPE, "language": language_finetuning.recipe()}
+    built = {name: (recipe, recipe.build(settings, episodes.dataset))
+             for name, recipe in recipes.items()}
+    return frames[None], actions[None, :3], clips.base_of(settings, episodes.dataset), built
+
+
+def test_baselines_start_exactly_as_the_base_and_follow_actions_once_they_have_learned():
+    frames, actions, base, built = clip_baselines()
+    as_base = clips.imagine_clips(base, frames, actions, steps=2)
+    nothing = np.zeros((1, 3, 4), np.float32)  # the empty caption
+    for name, told in (("controlnet", actions), ("classifier", actions), ("language", nothing)):
+        imagined = clips.imagine_clips(built[name][1], frames, told, steps=2)
+        assert np.array_equal(imagined, as_base), name
+    steer = classifier_guidance.towards_actions(built["classifier"][1], weight=1.0)
+    steered = clips.imagine_clips(built["classifier"][1], frames, actions, steps=4, steer=steer)
+    unsteered = clips.imagine_clips(base, frames, actions, steps=4)
+    assert not np.array_equal(steered, unsteered)
+    for layer in built["controlnet"][1].unet.copy.zero_convs:
+        nn.init.normal_(layer.weight, std=0.1)
+    for name in ("action", "controlnet"):
+        one, other = (clips.imagine_clips(built[name][1], frames, sign * actions, steps=2)
+                      for sign in (1, -1))
+        assert not np.array_equal(one, other), name
+    refused_frames = np.zeros((1, 20, 13), np.float32)
+    with raises(RequestError, "21 frames do not fit into one clip of 16"):
+        clips.imagine_clips(base, frames, refused_frames)
+
+
+def test_the_classifiers_accuracy_is_the_share_of_right_bins():
+    model = clip_baselines()[3]["classifier"][1]
+    clip, actions = (torch.rand(1, 5, 64, 80, 3) * 255).byte().numpy(), np.zeros((1, 5, 13))
+    actions[0, :, 0], actions[0, 2:, 1] = 0.5, -0.5
+    last = model.unet.classifier.head[-1]
+    nn.init.zeros_(last.weight)
+    last.bias.data = torch.tensor([0.0, 1, 0]).repeat(13)  # always "about zero"
+    right = baselines.named_right(model, clip, actions, 500)
+    assert right.shape == (1, 4, 13) and right.mean(axis=(0, 1))[:3].tolist() == [0, 0.5, 1]
+
+
+def test_gradients_reach_what_a_baseline_trains_and_nothing_else():
+    _, _, base, built = clip_baselines()
+    episodes = open_episodes("rt1", SAMPLES, "train")
+    batch, said = (collate([Clips(each, 4, (64, 80), seed=0)[0]]) for each in (
+        episodes, language_finetuning.CaptionedEpisodes(episodes)))
+    settings = replace(train.parse_arguments(["--data", "rt1"]), shared_level=True,
+                       action_dropout=0.0)
+    learns = {"action": ("unet.", "resampler."), "controlnet": ("unet.copy.",),
+              "classifier": ("unet.classifier.",), "language": ("unet.", "resampler.", "words.")}
+    for name, (recipe, model) in built.items():
+        loss = (recipe.loss or train.PostTraining)(model, False)
+        train.batch_loss(loss, model, said if name == "language" else batch, settings).backward()
+        reached = {key for key, p in model.named_parameters() if p.grad is not None}
+        wanted = {key for key, p in model.named_parameters() if p.requires_grad}
+        assert reached <= wanted and all(key.startswith(learns[name]) for key in wanted), name
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+        if name in ("controlnet", "classifier"):  # every weight of the base is untouched
+            theirs = dict(base.unet.named_parameters())
+            assert all(torch.equal(p, theirs[key]) for key, p in model.unet.named_parameters()
+                       if key in theirs), name
+
+
+def test_a_saved_baseline_gives_the_same_samples():
+    frames, actions, _, built = clip_baselines()
+    for name, (recipe, model) in built.items():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.01
+        out = folder()
+        save(out / "frozen.pt", {"weights": frozen_weights(model)})
+        save(out / "checkpoint.pt", {"config": asdict(model.config), "frozen": "frozen.pt",
+                                     "weights": trained_weights(model), "step": 0})
+        again = load_model(out, kind=recipe.model_class)
+        told = np.ones((1, 3, 4), np.float32) if name == "language" else actions
+        # PyTorch multiplies matrices in another way, and rounds differently, if they may learn.
+        ours, theirs = (clips.imagine_clips(each.requires_grad_(False), frames, told, steps=2)
+                        for each in (model, again))
+        assert np.array_equal(ours, theirs), name
+
+
+def test_a_baseline_is_trained_by_the_loop_of_train_py():
+    out = folder() / "run"
+    words = ["--data", "rt1", "--root", SAMPLES, "--out", out, "--steps", 1, "--batch", 1,
+             "--frames", 4, "--workers", 0, "--set", "val_clips=1"]
+    code, said = run_command(controlnet.main, *words)
+    assert code == 0 and "done at step 1" in said, said
+    code, said = run_command(controlnet.main, *words[:6], "--resume", "--steps", 2)
+    assert code == 0 and "resuming" in said and "done at step 2" in said, said
+    refused(controlnet.main, *words, "--overwrite", "--scratch", "--passive",
+            saying="starts from a passive model")
+
+
+def test_captions_say_what_the_arm_did_and_reach_the_network():
+    motion = np.zeros((8, 13), np.float32)
+    motion[:, 10], motion[:, 12], motion[:, 3] = 0.5, -0.3, 1
+    assert language_finetuning.describe_motion(motion) == ["right", "down", "closes"]
+    assert language_finetuning.word_numbers(["right"]).tolist() == [2, 0, 0, 0]
+    frames, _, base, built = clip_baselines()
+    model = built["language"][1]
+    nn.init.normal_(model.words.weight)
+    told = (np.tile(language_finetuning.word_numbers([word]), (1, 3, 1))
+            for word in ("left", "right"))
+    left, right = (clips.imagine_clips(model, frames, caption, steps=2) for caption in told)
+    assert not np.array_equal(left, right)
+    root = folder()
+    write_records(root / "fractal20220817_data-val.tfrecord-00000-of-00001", [encode_example({
+        "steps/observation/image": [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * 2,
+        language_finetuning.INSTRUCTION: [b"open middle drawer"] * 2,
+        **{name: np.zeros((2, width), np.float32) for name, width in DATA_SETS["rt1"].actions}})])
+    episodes = open_episodes("rt1", root)
+    assert episodes[0].text(language_finetuning.INSTRUCTION) == "open middle drawer"
+    spoken = language_finetuning.CaptionedEpisodes(
+        episodes, tokenizer=lambda caption: np.array([len(caption)]))
+    expected = len("Robot arm performs the task: open middle drawer")
+    assert spoken[0].read(0, 2)[1].tolist() == [[expected]] * 2
+    with raises(DataError, "no feature 'nothing'"):
+        episodes[0].text("nothing")
+
+
+def test_byte_pairs_are_merged_in_their_order():
+    pairs = ["o p", "op e", "ope n</w>", "d r"] + [f"x{i} y" for i in range(48890)]
+    path = folder() / "vocabulary.txt.gz"
+    path.write_bytes(gzip.compress(("#version\n" + "\n".join(pairs) + "\n").encode()))
+    tokenizer = Tokenizer(path)
+    assert tokenizer.split("open") == ["open</w>"] and tokenizer.split("odr") == ["o", "d", "r</w>"]
+    assert tokenizer.split("drop") == ["dr", "o", "p</w>"]
+    row = tokenizer("  OPEN&amp;amp; 7 ")
+    number = tokenizer.numbers
+    assert row.shape == (77,) and row[:6].tolist() == [
+        49406, number["open</w>"], number["&</w>"], number["7</w>"], 49407, 0]
+    assert number["!"] == 0 and number["op"] == 512
+    long = tokenizer("open " * 100)
+    assert long[-1] == 49407 and (long[1:-1] == number["open</w>"]).all()
+    path.write_bytes(b"no gzip")
+    with raises(DataError, "is no vocabulary of CLIP's"):
+        Tokenizer(path)
+
+
+def test_memory_is_counted_as_it_is():
+    """Against arithmetic, and against what a real step leaves alive."""
+    tiny = PRESETS["tiny"]
+    config = replace(tiny, size=(32, 32), resampler=replace(tiny.resampler, num_frames=4),
+                     unet=replace(tiny.unet, channel_mult=(1, 2), num_frames=4))
+    half, peak = plan.count(lambda: torch.nn.Linear(1000, 1000, bias=False), lambda layer: layer(
+        torch.zeros(500, 1000)).sum().backward())
+    assert abs(half - 4e-3) < 1e-5  # 1000² weights
+    assert 9.9e-3 < peak < 14.1e-3  # weights 4, their gradient 4, in 2, out 2 and its gradient 2
+    weights, keeping = plan.count(lambda: plan.build_model(config),
+                                  lambda model: plan.train_step(model, 8, checkpointing=False))
+    _, recomputing = plan.count(lambda: plan.build_model(config),
+                                lambda model: plan.train_step(model, 8, checkpointing=True))
+    _, sampling = plan.count(lambda: plan.build_model(config), partial(plan.sample_frame, given=3))
+    assert weights < sampling < recomputing < keeping
+    model = plan.build_model(config)
+    total = sum(tensor.numel() * tensor.element_size()
+                for tensor in [*model.parameters(), *model.buffers()])
+    assert abs(weights - total / 1e9) < 1e-5
+    assert recomputing > 4 * weights * 0.8  # weights, gradients, two moments of what learns
+    _, temporal = plan.count(lambda: plan.build_model(config),
+                             lambda model: plan.train_step(model, 8, trainable="temporal"))
+    (_, two), (_, four) = plan.count_pieces(config, (2, 4))
+    assert temporal < recomputing and four < two < recomputing
+
+
+def test_frozen_parts_may_be_halved_and_frames_coded_one_by_one():
+    root, out = make_rt1([8] * 6), folder() / "run"
+    words = ["--bf16", "--base", TINY_BASE]
+    with mock.patch.object(train, "quick_attention") as quick:
+        assert run_command(train.main, *train_words(root, out, 2, 1), *words)[0] == 0
+    # and the loop learns with quick attention
+    quick.assert_called_once_with(torch.device("cpu"), True, True)
+    quick.return_value.__enter__.assert_called_once()
+    weights = read_checkpoint(out / "frozen.pt")["weights"]
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert (out / "step_0000002.png").exists() or (out / "step_0000000.png").exists()
+    model = load_model(out)
+    frames = torch.rand(2, 3, 3, 32, 32) * 2 - 1
+    together = model.encode(frames), model.decode(model.encode(frames))
+    with mock.patch.object(autoencoder, "AT_ONCE", 1):
+        latents = model.encode(frames)
+        assert error_of(latents, together[0]) < 1e-5
+        assert error_of(model.decode(latents), together[1]) < 1e-5
+    model.autoencoder.requires_grad_(False)
+    halve_frozen(model)
+    assert {part: next(getattr(model, part).parameters()).dtype for part in (
+        "autoencoder", "image_tower", "unet")} == {
+        "autoencoder": torch.bfloat16, "image_tower": torch.float32, "unet": torch.float32}
+
+
+def test_the_best_device_is_found_and_a_mac_is_told_once():
+    choose = device.best_device.__wrapped__
+    with (mock.patch("torch.cuda.is_available", return_value=False),
+          mock.patch("torch.backends.mps.is_available", return_value=True)):
+        with mock.patch.dict(os.environ, {device.FALLBACK: "1"}):
+            assert choose() == "mps"
+        with mock.patch.dict(os.environ), mock.patch("builtins.print") as said:
+            os.environ.pop(device.FALLBACK, None)
+            assert choose() == "cpu" and device.FALLBACK in said.call_args[0][0]
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        assert choose() == "cuda"
+
+
+def test_a_small_network_learns_in_bfloat16_with_attention_written_out():
+    def learn(*choice: bool) -> tuple[Tensor, bool]:
+        """Gradients, and whether the fused kernel made them."""
+        generator = torch.Generator().manual_seed(0)
+        heads = torch.randn(3, 2, 4, 20, 16, generator=generator).bfloat16().requires_grad_()
+        with device.quick_attention(torch.device("cpu"), *choice), torch.profiler.profile() as seen:
+            nn.functional.scaled_dot_product_attention(*heads).square().sum().backward()
+        return heads.grad, any("flash" in event.name for event in seen.events())
+
+    (written_out, fused), (plain, plain_fused) = learn(True, True), learn(True, False)
+    assert plain_fused and not fused and learn(False, True)[1]
+    assert error_of(written_out.float(), plain.float()) < 2e-2
+
+
+def test_he_initialisation_maps_actions_to_the_size_of_the_noise_level():
+    torch.manual_seed(0)
+    dataset = DATA_SETS["rt1"]
+    sizes = {}
+    for words in ([], ["--set", "action_init=pytorch"], ["--base", str(TINY_WORLD)]):
+        settings = train.parse_arguments(["--data", "rt1", *words])
+        other = replace(dataset, actions=dataset.actions[:1])  # of another width
+        unet = train.build_model(settings, other).unet
+        actions = torch.randn(500, other.action_dim)
+        noise = unet.time_embed(sinusoidal_embedding(torch.arange(0, 1000, 20), 64)).std(dim=0)
+        sizes[words[-1] if words else ""] = (unet.action_emb_proj(actions).std(dim=0).mean()
+                                             / noise.mean()).item()
+    small = sizes.pop("action_init=pytorch")
+    assert small < 0.2 and all(0.5 < size < 4 for size in sizes.values()), (small, sizes)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses what Apple's GPUs refuse: numbers of 64 bits that are no integers."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            assert not isinstance(tensor, Tensor) or tensor.dtype != torch.float64, func
+        return result
+
+
+def test_nothing_needs_doubles_that_a_mac_lacks():
+    world = small_world(guidance=2.0, eta=1.0)
+    frames, actions = small_episode(4)
+    model, settings = world.model, Settings(batch=1)
+    batch = {"frames": torch.from_numpy(frames[None]), "actions": torch.from_numpy(actions[None]),
+             "index": [0]}
+    with NoDoubles():
+        world.reset(frames[:2], actions[:1])
+        world.step(actions[1])
+        train.batch_loss(train.PostTraining(model, False, "clean"), model, batch,
+                         settings).backward()
+
+
+def test_a_large_checkpoint_is_written_in_pieces_and_read():
+    shapes = {name: tuple(w.shape) for name, w in read_lightning(small_checkpoint()).items()}
+    keys, path = folder() / "keys.tsv", folder() / "model.safetensors"
+    keys.write_text("\n".join(f"{name}\t{','.join(map(str, shape))}"
+                              for name, shape in shapes.items()), encoding="utf-8")
+    with mock.patch.object(full_size, "KEYS", keys):
+        assert run_command(lambda words: full_size.write(path))[0] is None
+    weights = read_lightning(path)
+    assert {name: tuple(w.shape) for name, w in weights.items()} == shapes
+    wide = weights["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"].float()
+    assert 0.8 < wide.std() * wide[0].numel() ** 0.5 < 1.2
+
+
+def test_the_ways_to_steer_are_compared():
+    words = ["--quick", "--out", out := folder() / "table", "--frames", 4, "--rows", "base",
+             "classifier guidance", "language-conditioned", "Vid2World-NAR"]
+    before, controllability_steps = dict(baselines.RECIPES), baselines.train_reader
+    baselines.train_reader = partial(controllability_steps, steps=2, size=2)
+    try:
+        code, printed = run_command(baselines.main, *words)
+        again = run_command(baselines.main, *words)[1]  # what is done is not done again
+        refused(baselines.main, "--rows", "classifier guidance", "--frames", 4, "--out", out,
+                saying="has steps 10, and here it is 1000")
+    finally:
+        baselines.train_reader = controllability_steps
+    assert code == 0 and before == baselines.RECIPES, printed
+    assert "| accuracy |" in printed and re.search(r"told so in \d+ % of 2 pairs", printed), printed
+    rows = [line for line in printed.splitlines() if line.count("±") == 3]
+    assert len(rows) == 4 and again.endswith(printed[printed.rindex("| base"):]), printed
+    assert Image.open(out / "baselines.png").height == 5 * (128 + 28)  # the truth and four rows
+    refused(baselines.main, "--rows", "magic", saying="there is no row 'magic'")

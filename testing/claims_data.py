@@ -1,0 +1,873 @@
+"""Claims about data sets, file formats and converters."""
+import ast
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFont
+
+import data
+import sample
+import train
+from action_guidance import align_actions
+from bundled import record_arena
+from data import DATA_SETS, SAMPLES, Clips, collate, fit_frames, open_episodes
+from dynamicrafter.autoencoder import AutoencoderConfig
+from dynamicrafter.checkpoint import read_checkpoint, read_lightning
+from dynamicrafter.clip import ImageTowerConfig, TextTowerConfig
+from dynamicrafter.resampler import ResamplerConfig
+from episodes import from_lerobot, from_rlds, from_video, tfrecord
+from episodes.actions import csgo_action, describe_csgo
+from episodes.crc32c import crc32c
+from episodes.frames import cut_bars
+from episodes.images import decode, decode_all
+from episodes.npz import read_npy
+from episodes.tfrecord import (
+    encode_example,
+    encode_field,
+    feature_numbers,
+    parse_example,
+    write_records,
+)
+from evaluation import (
+    evaluate,
+)
+from model import saving
+from model.saving import (
+    from_vid2world,
+    from_world,
+    load_model,
+)
+from model.vid2world import ModelConfig
+from play.keys import Keyboard, with_keys
+from sample import WorldModel
+from support import pictures
+from support.errors import CheckpointError, DataError, UserError
+from support.psnr import psnr
+from testing.commands import folder, needs, raises, refused, run_command
+from testing.episodes import (
+    encode_jpeg,
+    flip_byte,
+    make_csgo,
+    make_episode,
+    make_pictures,
+    make_rt1,
+    shard_of,
+)
+from testing.golden import (
+    released_names,
+)
+from testing.worlds import (
+    SMALL,
+    Exploit,
+    save_world,
+    small_checkpoint,
+    small_preset,
+    small_world,
+    write_safetensors,
+)
+from training.settings import Settings
+from unet import UNet
+
+HERE = Path(__file__).parent.parent
+
+
+# --------------------------------------------------------------------------------------------------
+# data.py, episodes/
+
+
+def test_the_checksum_is_crc32c():
+    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720
+    assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(bytes(range(32))) == 0x46DD794E
+    text = np.random.default_rng(0).bytes(5000)
+    # the fast way above 256 bytes against the plain one below
+    for cut in (255, 256, 257, 1000, 4999):
+        crc = 0xFFFFFFFF
+        for byte in text[:cut]:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+        assert crc32c(text[:cut]) == crc ^ 0xFFFFFFFF, cut
+
+
+def test_episodes_come_back_as_they_were_written():
+    root = make_rt1([5, 9, 7], shards=2)
+    episodes = open_episodes("rt1", root)
+    assert sorted(len(e.frames) for e in episodes) == [5, 7, 9]
+    assert sorted(e.length for e in episodes) == [5, 7, 9]
+    frames, actions = make_episode(9, seed=1)
+    episode = next(e for e in episodes if e.length == 9)
+    assert np.array_equal(episode.actions, actions) and episode.actions.dtype == np.float32
+    # it is JPEG
+    assert episode.frames.shape == frames.shape and np.abs(
+        episode.frames.astype(int) - frames).mean() < 3
+    part, part_actions = episode.read(2, 6)
+    assert np.array_equal(part, episode.frames[2:6]) and np.array_equal(part_actions, actions[2:6])
+    for root_too in (root.parent, root / "0.1.0"):  # a folder above, the version folder
+        assert len(open_episodes("rt1", root_too)) == 3
+
+
+def test_lists_of_numbers_may_be_packed_or_not():
+    floats = np.array([1.5, -2.0, 3.25], "<f4")
+    loose = b"".join(b"\x0d" + value.tobytes() for value in floats)  # field 1, 4 bytes, three times
+    entry = encode_field(1, b"f") + encode_field(2, encode_field(2, loose))
+    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))),
+                           "f").tolist() == floats.tolist()
+    example = parse_example(memoryview(encode_example({"f": floats,
+                                                       "i": np.array([5, -3, 2**40])})))
+    assert feature_numbers(example, "f").tolist() == floats.tolist()
+    assert feature_numbers(example, "i").tolist() == [5, -3, 2**40]
+    loose = b"\x08\x05\x08" + b"\xfd" + b"\xff" * 8 + b"\x01"  # 5 and -3, one field each
+    entry = encode_field(1, b"i") + encode_field(2, encode_field(3, loose))
+    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))),
+                           "i").tolist() == [5, -3]
+
+
+def test_npz_episodes_are_read_too():
+    root = folder()
+    frames, actions = make_episode(6, seed=0)
+    np.savez(root / "one.npz", image=frames, action=actions)
+    episode = open_episodes("rt1", root)[0]
+    assert episode.name == "one"
+    assert np.array_equal(episode.frames, frames) and np.array_equal(episode.actions, actions)
+    np.savez(root / "two.npz", image=frames)
+    with raises(DataError, "two.npz has no action"):
+        open_episodes("rt1", root)
+
+
+def test_npz_episodes_of_another_kind_are_refused_or_damaged():
+    root = folder()
+    frames, actions = make_episode(6, seed=0)
+    np.savez(root / "narrow.npz", image=frames, action=actions[:, :7])
+    with raises(DataError, "narrow.npz does not hold this data set: its actions have 7 numbers, "
+                           "not 13"):
+        open_episodes("rt1", root)
+    (root / "narrow.npz").unlink()
+    np.savez(root / "good.npz", image=frames, action=actions)
+    np.savez(root / "short.npz", image=frames, action=actions[:4])
+    np.savez(root / "complex.npz", image=frames, action=actions.astype(np.complex64))
+    (root / "text.npz").write_text("not an archive", encoding="utf-8")
+    episodes = {episode.name: episode for episode in open_episodes("rt1", root)}
+    assert set(episodes) == {"good", "complex"}
+    assert any("short is damaged: it has 6 frames and 4 actions" in complaint
+               for complaint in open_episodes("rt1", root).complaints)
+    with raises(DataError, "complex is damaged: action is complex64"):
+        _ = episodes["complex"].frames
+
+
+def test_pictures_of_every_kind_are_read_or_called_damaged():
+    def png(picture: Image.Image) -> bytes:
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        return file.getvalue()
+
+    # 16 bits, as bright as 100 of 255
+    grey = png(Image.fromarray(np.full((4, 4), 100 * 257, np.uint16)))
+    assert decode(grey).shape == (4, 4, 3) and (decode(grey) == 100).all()
+    assert (decode(png(Image.new("L", (4, 4), 100))) == 100).all()
+    assert (decode(png(Image.new("RGBA", (4, 4), (1, 2, 3, 4)))) == [1, 2, 3]).all()
+    bomb = bytearray(png(Image.new("L", (4, 4))))
+    bomb[16:24] = (30000).to_bytes(4, "big") * 2  # a header that claims 900 million pixels
+    for broken in (bytes(bomb), grey[:40], b"", b"\x89PNG"):
+        with raises(DataError, "no readable picture|pixels"):
+            decode(broken)
+    with raises(DataError, "a frame has 5000×5000 pixels"):
+        decode(png(Image.new("1", (5000, 5000))))
+    with raises(DataError, "different sizes .4×4, 8×4"):
+        decode_all([grey, png(Image.new("L", (4, 8)))])
+
+
+def test_the_index_is_built_once_and_again_for_a_shard_that_changed():
+    root, walked = make_rt1([4, 5, 6, 7], shards=2), []
+    walk = tfrecord.walk_records
+    tfrecord.walk_records = lambda path: walked.append(path.name) or walk(path)
+    try:
+        first = open_episodes("rt1", root)
+        assert len(walked) == 2
+        again = open_episodes("rt1", root)
+        assert len(walked) == 2 and np.array_equal(first.records, again.records)
+        os.utime(shard_of(root, 1), ns=(1, 1))
+        open_episodes("rt1", root)
+        assert walked[2:] == [shard_of(root, 1).name]
+    finally:
+        tfrecord.walk_records = walk
+
+
+def test_an_interrupted_index_keeps_what_it_knew():
+    root, walked = make_rt1([4] * 6, shards=6), []
+    open_episodes("rt1", root)
+    for i in (1, 4):
+        os.utime(shard_of(root, i), ns=(1, 1))
+    walk = tfrecord.walk_records
+    def interrupted(path: Path):
+        walked.append(path.name)
+        if len(walked) == 2:
+            raise KeyboardInterrupt
+        return walk(path)
+    tfrecord.walk_records = interrupted
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            open_episodes("rt1", root)
+        assert len(open_episodes("rt1", root)) == 6
+    finally:
+        tfrecord.walk_records = walk
+    assert walked == [shard_of(root, i).name for i in (1, 4, 4)]  # and not those that come later
+
+
+def test_links_are_followed_and_the_newest_version_is_read():
+    root, elsewhere = folder(), make_rt1([5] * 3)
+    (root / "link").symlink_to(elsewhere)
+    (root / "circle").symlink_to(root)
+    assert [e.length for e in open_episodes("rt1", root)] == [5, 5, 5]
+    newer = elsewhere / "0.10.0"
+    newer.mkdir()
+    shard_of(make_rt1([7] * 2)).rename(newer / "fractal20220817_data-train.tfrecord-00000-of-00001")
+    (newer / "fractal20220817_data-train.tfrecord-00000-of-00001.gstmp").write_bytes(b"half")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert [e.length for e in open_episodes("rt1", elsewhere)] == [7, 7]
+    assert "0.1.0, 0.10.0 the newest is read, 0.10.0" in printed.getvalue()
+
+
+def test_train_and_validation_are_disjoint_stable_and_follow_shard_names():
+    root = make_rt1([4] * 40, shards=4)
+    names = {split: {e.name for e in open_episodes("rt1", root, split)}
+             for split in ("train", "val", "all")}
+    assert not names["train"] & names["val"] and len(names["val"]) == 5
+    assert names["train"] | names["val"] == names["all"]
+    held_out = ("import data, sys; "
+                "print(sorted(e.name for e in data.open_episodes('rt1', sys.argv[1], 'val')))")
+    other = subprocess.run([sys.executable, "-c", held_out, root], cwd=HERE, capture_output=True,
+                           text=True, env=os.environ | {"PYTHONHASHSEED": "1"})
+    assert other.stdout.strip() == str(sorted(names["val"]))  # not by Python's hash
+    named, val = make_rt1([4] * 3, name="x-train"), make_rt1([5] * 2, name="y-val")
+    shard_of(val).rename(named / "y-val.tfrecord-00000-of-00001")
+    assert [e.length for e in open_episodes("rt1", named, "val")] == [5, 5]
+    assert [e.length for e in open_episodes("rt1", named, "train")] == [4, 4, 4]
+
+
+def test_clips_are_the_same_in_any_number_of_workers():
+    episodes = open_episodes("rt1", make_rt1([6, 9, 12, 7]), min_length=5)
+    streams = []
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(Clips(episodes, 5, (32, 32), seed=3),
+                                             collate_fn=collate, num_workers=workers,
+                                             batch_sampler=[[0, 1], [2, 3], [4, 5]])
+        streams.append([(batch["frames"], batch["actions"]) for batch in loader])
+    for stream in streams[1:]:
+        assert all(torch.equal(a, b) for batch, other in zip(streams[0], stream, strict=True) for a,
+                   b in zip(batch, other, strict=True))
+    other_seed = Clips(episodes, 5, (32, 32), seed=4)
+    assert any(not np.array_equal(other_seed[i]["actions"], streams[0][0][1][i]) for i in (0, 1))
+
+
+def test_every_place_of_every_episode_is_drawn_equally_often():
+    episodes = open_episodes("rt1", make_rt1([5, 8]), min_length=5)
+    clips, seen = Clips(episodes, 5, (32, 32), seed=0), []
+    read = data.Episode.read
+    def spy(self, start, stop):
+        seen.append((self.length, start))
+        return read(self, start, stop)
+    data.Episode.read = spy
+    try:
+        for i in range(300):
+            clips[i]
+    finally:
+        data.Episode.read = read
+    counts = {place: seen.count(place) for place in set(seen)}
+    assert set(counts) == {(5, 0), (8, 0), (8, 1), (8, 2), (8, 3)} and min(counts.values()) > 35
+
+
+def test_frames_are_fitted_as_the_published_models_saw_them():
+    rt1 = fit_frames(np.full((1, 256, 320, 3), 200, np.uint8), 320, 512)  # 320×400, and bars
+    assert rt1.shape == (1, 320, 512, 3) and rt1[:, :, 56:-56].min() == 200
+    assert rt1[:, :, :56].max() == 0 and rt1[:, :, -56:].max() == 0
+    csgo = fit_frames(np.full((1, 150, 280, 3), 200, np.uint8), 320, 512)  # 275×512
+    assert (csgo[0, :, 0, 0] > 0).sum() == 275 and csgo[0, :22].max() == 0 < csgo[0, 22].min()
+    half = np.zeros((1, 64, 64, 3), np.uint8)
+    half[:, :, 32:] = 200
+    cropped = fit_frames(half, 64, 80, "crop")
+    assert cropped.shape == (1, 64, 80, 3)
+    assert cropped[0, :, :38].max() == 0 and cropped[0, :, 42:].min() == 200
+    assert np.array_equal(fit_frames(half, 64, 64), half)
+    ramp = np.zeros((1, 4, 4, 3), np.uint8) + np.arange(0, 200, 50, dtype=np.uint8)[:, None, None]
+    # bilinear
+    assert fit_frames(ramp, 8, 8)[0, :, 0, 0].tolist() == [0, 13, 38, 63, 88, 113, 138, 150]
+
+
+def test_training_clips_vary_in_light_and_place_alike_in_all_frames():
+    clip = np.tile(open_episodes("rt1", SAMPLES, "val")[0].read(0, 1)[0], (3, 1, 1, 1))
+    varied = [data.augment(clip, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(np.array_equal(v[0], v[1]) and v.shape == clip.shape and v.dtype == np.uint8
+               for v in varied)
+    brightness = np.array([v.mean() for v in varied]) / clip.mean()
+    assert brightness.std() > 0.02 and (np.abs(brightness - 1) < 0.15).all()
+    dot = np.full((1, 16, 16, 3), 100, np.uint8)
+    dot[0, 8, 8] = 255
+    moves = set()
+    for seed in range(40):
+        moved = data.augment(dot, np.random.default_rng(seed))[0].sum(-1)
+        moves.add(tuple(np.abs(np.subtract(np.unravel_index(moved.argmax(), (16, 16)), 8))))
+    assert moves == {(y, x) for y in range(3) for x in range(3)}
+    episodes = open_episodes("rt1", make_rt1([6] * 4), min_length=5)
+    plain, augmented = (Clips(episodes, 5, (32, 40), seed=0, augment=a)[0] for a in (False, True))
+    assert np.array_equal(plain["actions"], augmented["actions"])
+    assert not np.array_equal(plain["frames"], augmented["frames"])
+    again = Clips(episodes, 5, (32, 40), seed=0, augment=True)[0]
+    assert np.array_equal(again["frames"], augmented["frames"])
+
+
+def test_a_damaged_episode_is_skipped_and_reported():
+    root = make_rt1([6] * 8)
+    shard = shard_of(root)
+    flip_byte(shard, shard.stat().st_size // 2)
+    episodes = open_episodes("rt1", root, min_length=5)
+    clips = [Clips(episodes, 5, (32, 32), seed=0)[i] for i in range(60)]
+    messages = {message for clip in clips for message in clip["damaged"]}
+    assert all(clip["frames"] is not None
+               for clip in clips) and len(messages) == 1 and "checksum" in messages.pop()
+
+
+def test_bad_data_is_named_and_refused():
+    with raises(DataError, "no folder /nowhere"):
+        open_episodes("rt1", "/nowhere")
+    with raises(DataError, "holds no episodes"):
+        open_episodes("rt1", folder())
+    with raises(DataError, "no data set 'rt2'"):
+        open_episodes("rt2", folder())
+    root = make_rt1([5, 6])
+    with raises(DataError, "2 shorter than 16 frames; the longest has 6"):
+        open_episodes("rt1", root, min_length=16)
+    with raises(DataError, "does not hold this data set: there is no feature "
+                           "'steps/observation/image_0'"):
+        open_episodes("bridge", root)
+    cut = make_rt1([5, 6])
+    shard_of(cut).write_bytes(shard_of(cut).read_bytes()[:-50])
+    with raises(DataError, "is truncated"):
+        open_episodes("rt1", cut)
+    header = make_rt1([5, 6])
+    flip_byte(shard_of(header), 0)
+    with raises(DataError, "fails its checksum"):
+        open_episodes("rt1", header)
+    payload = make_rt1([5])
+    flip_byte(shard_of(payload), 600)
+    with raises(DataError, "checksum does not match|1 damaged"):
+        _ = open_episodes("rt1", payload)[0].frames
+
+
+def test_a_folder_of_pictures_is_a_data_set():
+    keys = {"ArrowUp": {"up": 9.5}, " ": {"across": 1, "toggles": True, "label": "hand"}}
+    root = make_pictures([12, 5, 7, 6], fps=5, names=["up", "across"], keys=keys)
+    np.savez(root / "more.npz", image=np.zeros((8, 32, 40, 3), np.uint8), action=np.ones((8, 2)))
+    episodes = open_episodes("folder", root)
+    dataset = episodes.dataset
+    assert {e.name: e.length for e in episodes} == {
+        "episode_000": 12, "episode_001": 5, "episode_002": 7, "episode_003": 6, "more": 8}
+    assert dataset.action_dim == 2 and dataset.aspect == (32, 40) and dataset.fps == 5
+    assert dataset.names == ("up", "across") and dataset.keys["ArrowUp"].value == 9.5
+    assert dataset.keys[" "].label == "hand" and dataset.keys[" "].toggles
+    frames, actions = make_episode(12, seed=0)
+    first = next(e for e in episodes if e.name == "episode_000")
+    assert np.array_equal(first.frames, frames)  # 10.png after 9.png
+    assert np.array_equal(first.actions, (3 + 50 * actions[:, 10:12]).astype(np.float32))
+    part, taken = first.read(9, 12)
+    assert np.array_equal(part, frames[9:]) and np.array_equal(taken, first.actions[9:])
+    val, rest = (open_episodes("folder", root, split) for split in ("val", "train"))
+    assert len(val) == 1 and {e.name for e in val} | {e.name for e in rest} == {
+        e.name for e in episodes}
+    assert open_episodes("folder", root, fps=7).dataset.fps == 7  # the user goes before info.json
+    # actions of one number may be a row
+    (root / "info.json").unlink()
+    for path in root.glob("*/actions.npy"):
+        np.save(path, np.load(path)[:, 0])
+    (root / "more.npz").unlink()
+    assert open_episodes("folder", root)[0].actions.shape == (12, 1)
+
+
+def test_a_folder_is_indexed_again_where_a_picture_came_or_went():
+    root = make_pictures([6, 6, 6])
+    assert len(open_episodes("folder", root)) == 3
+    gone = root / "episode_001" / "5.png"
+    content = gone.read_bytes()
+    gone.unlink()
+    short = open_episodes("folder", root)
+    assert len(short) == 2 and short.damaged == 1
+    gone.write_bytes(content)
+    assert len(open_episodes("folder", root)) == 3
+
+
+def test_bad_folders_are_named_and_refused():
+    refused(train.main, "--data", "folder", saying="name it with --root")
+    with raises(DataError, "expected folders of pictures with an actions.npy"):
+        open_episodes("folder", folder())
+    with raises(DataError, "one episode, and to learn and to measure takes at least two"):
+        open_episodes("folder", make_pictures([6]), "val")
+    (make_pictures([6], bare := folder()) / "episode_000" / "actions.npy").unlink()
+    code, words = run_command(train.main, "--data", "folder", "--root", bare)
+    assert code == 2 and "pictures and no actions.npy (episode_000)" in words, words
+    root = make_pictures([6, 6, 6, 6, 6])
+    (root / "episode_001" / "actions.npy").unlink()
+    (root / "episode_002" / "3.png").unlink()
+    (root / "episode_003" / "2.png").write_text("no picture", encoding="utf-8")
+    words = io.StringIO()
+    with contextlib.redirect_stdout(words):
+        episodes = open_episodes("folder", root)
+    assert "1 folders hold pictures and no actions.npy (episode_001)" in words.getvalue()
+    assert list(episodes.complaints) == [
+        "episode episode_002 is damaged: it has 5 pictures and 6 rows in actions.npy"]
+    with raises(DataError, "episode_003 is damaged: 2.png is no readable picture"):
+        _ = next(e for e in episodes if e.name == "episode_003").frames
+    np.save(root / "episode_004" / "actions.npy", np.zeros((6, 3)))
+    with raises(DataError, "episode_004.*its actions have 3 numbers, not 2"):
+        open_episodes("folder", root)
+    for content, saying in (
+            ("{", "JSONDecodeError"), ("[]", "expected a table"), ('{"fsp": 3}', "has 'fsp'"),
+            ('{"fps": "3"}', "fps is '3'"), ('{"names": ["a"]}', "expected 2 different names"),
+            ('{"names": ["a", "a"]}', "expected 2 different names"),
+            ('{"absolute": 1}', "absolute is 1"), ('{"keys": []}', r"keys is \[\]; .*a table"),
+            ('{"names": ["a", "b"], "keys": {"w": {"c": 1}}}', "the name one of a, b"),
+            ('{"keys": {"w": {"a": 1}}}', "there are none"),
+            ('{"names": ["a", "b"], "keys": {"w": ["a", 1]}}', "keys.w is .*a table"),
+            ('{"names": ["a", "b"], "keys": {"w": {"a": 1, "b": 1}}}', "one number"),
+            ('{"names": ["a", "b"], "keys": {"w": {"a": NaN}}}', "one number")):
+        bad = make_pictures([6])
+        (bad / "info.json").write_text(content, encoding="utf-8")
+        with raises(DataError, saying):
+            open_episodes("folder", bad)
+
+
+def test_actions_of_your_own_are_learned_in_units_of_their_deviation():
+    root = make_pictures([6, 9, 7, 5, 6, 8], width=13)
+    episodes = open_episodes("folder", root, "train")
+    mean, deviation = data.action_statistics(episodes)
+    taken = np.concatenate([e.actions for e in episodes]).astype(np.float64)
+    assert np.allclose(mean, taken.mean(0)) and np.allclose(deviation, taken.std(0))
+    model = small_world().model
+    plain = torch.full((2, 13), 1e6)
+    assert torch.equal(model.standardise(plain), plain)
+    model.set_action_statistics(mean, deviation)
+    learned = model.standardise(torch.from_numpy(taken).float())
+    assert (learned[:, :2].mean(0).abs() < 1e-5).all() and torch.allclose(
+        learned[:, :2].std(0, correction=0), torch.ones(2))
+    assert not learned[:, 2:].any()  # what never varies is left alone
+    assert model.standardise(plain)[0, :3].tolist() == [5, 5, 1e6]
+    # training and a rollout hand the network the same numbers
+    read = []
+    def spy(x, k, anchor, context, actions, mask, *others):
+        read.append(actions)
+        return torch.zeros_like(x)
+    model.denoise = spy
+    frames, actions = torch.zeros(1, 4, 16, 16, 3, dtype=torch.uint8), torch.from_numpy(taken[:4])
+    actions = actions.float()[None]
+    draws = train.random_inputs(model, actions, [0], Settings(action_dropout=0))
+    train.PostTraining(model, bf16=False)(frames, actions, draws)
+    assert torch.equal(read[0], align_actions(model.standardise(actions)))
+    world = WorldModel(model, overlap=2, steps=1, guidance=1.0, streaming=False)
+    world.reset(frames[0, :3].numpy(), actions[0, :2].numpy())
+    world.step(actions[0, 2].numpy())
+    assert torch.equal(read[-1], read[0])
+
+
+@small_preset()
+def test_a_folder_of_your_own_trains_rolls_out_and_plays():
+    root, out = make_pictures([6] * 9, width=3, fps=5, names=["up", "across", "idle"]), folder()
+    words = ["--data", "folder", "--root", root, "--base", save_world(out / "other"), "--out",
+             out / "run", "--frames", 4, "--size", 32, 32, "--batch", 2, "--workers", 0, "--steps",
+             1, "--set", "val_clips=2"]
+    code, output = run_command(train.main, *words)
+    assert code == 0 and "action idle never varies" in output, output
+    assert "action embedding new" in output, output
+    code, output = run_command(train.main, "--resume", "--out", out / "run", "--steps", 2)
+    assert code == 0, output
+    world = sample.load_world(out / "run", steps=1, guidance=1.0)
+    mean, deviation = data.action_statistics(open_episodes("folder", root, "train"))
+    assert np.allclose(world.model.action_statistics[0, :2], mean[:2])
+    assert world.model.config.unet.default_fps == 5
+    passes, denoise = [], world.model.denoise  # what the network reads is standardised
+    def spy(x, k, anchor, context, actions, *others):
+        passes.append(actions)
+        return denoise(x, k, anchor, context, actions, *others)
+    world.model.denoise = spy
+    world.reset(np.zeros((1, 32, 40, 3), np.uint8))
+    world.step(mean + deviation)
+    assert torch.allclose(passes[-1][0, -1, :2], torch.ones(2), atol=1e-4)
+    # sample.py and play know the data set from the checkpoint
+    code, output = run_command(sample.main, "--checkpoint", out / "run", "--steps", 1, "--frames",
+                               3, "--out", out)
+    assert code == 0 and "data: folder" in output and "warning" not in output, output
+    dataset = with_keys(open_episodes("folder", root).dataset, world.model)
+    assert [key.label for key in dataset.keys.values()] == ["-up", "+up", "-across", "+across"]
+    keyboard = Keyboard(dataset)
+    keyboard.press(["ArrowRight"])
+    assert np.allclose(keyboard.take_action()[:2], mean[:2] + [2 * deviation[0], 0])
+    # another frame rate is told, other actions are refused
+    other = make_pictures([6] * 3, width=3, fps=9, names=["up", "across", "idle"])
+    code, output = run_command(sample.main, "--checkpoint", out / "run", "--root", other, "--steps",
+                               1, "--frames", 3, "--out", out)
+    assert code == 0 and "9 frames a second, but this model has learned from 5" in output, output
+    other = make_pictures([6] * 3, width=3, fps=5, names=["across", "up", "idle"])
+    refused(sample.main, "--checkpoint", out / "run", "--root", other,
+            saying="across, up, idle, but this model has learned from up, across, idle")
+    refused(sample.main, "--checkpoint", out / "run", "--root", make_pictures([6] * 3),
+            saying="actions of 2 numbers, but this model takes 3")
+
+
+@small_preset()
+def test_a_world_goes_on_with_other_actions():
+    one = load_model(path := save_world(folder() / "one"))
+    theirs = dict(one.named_parameters())
+    for width, kept in ((3, False), (13, True)):
+        unet = replace(one.config.unet, action_dim=width, default_fps=5)
+        two = from_world(path, replace(one.config, unet=unet, size=(32, 48)))
+        assert two.action_dim == width and two.config.size == (32, 48)
+        assert two.unet.config.default_fps == 5 and two.action_statistics.shape == (3, width)
+        for name, weight in two.named_parameters():
+            same = weight.shape == theirs[name].shape and torch.equal(weight, theirs[name])
+            assert same or ("action_emb" in name and not kept), name
+    passive = save_world(folder() / "passive", causal=False, action_dim=None)
+    with raises(CheckpointError, "is a passive run: bundle it first"):
+        from_world(passive, one.config)
+
+
+def test_a_strip_says_what_led_to_each_frame():
+    video, out = np.zeros((10, 64, 80, 3), np.uint8), folder()
+    pictures.save_strip(out / "plain.png", {"imagined": video})
+    captions = ["", *["w, left click, mouse +1000, -200"] * 9]
+    pictures.save_strip(out / "told.png", {"imagined": video}, captions=captions)
+    plain, told = (np.asarray(Image.open(out / f"{name}.png").convert("L")).astype(int)
+                   for name in ("plain", "told"))
+    assert told.shape[1] == plain.shape[1] and told.shape[0] > plain.shape[0] + 2 * 30
+    below = told[26 + 128 :][:30]  # the frames are shown 128 pixels high
+    assert (below[:, :160] == 255).all() and all((below[:, 162 * x :][:, :160] < 128).any()
+                                                 for x in range(1, 8))
+    lines = pictures.wrap("w, left click, mouse +1000, -200", 150, ImageFont.load_default(13))
+    assert lines.replace("\n", " ") == captions[1] and "\n" in lines
+
+
+def test_the_51_numbers_of_csgo_are_read_in_words():
+    assert describe_csgo(csgo_action(["w", "left click"], x=30)) == "w, left click, mouse +30, 0"
+    assert describe_csgo(csgo_action()) == "mouse 0, 0"
+    assert describe_csgo(csgo_action(["ctrl"], x=-1000, y=200)) == "ctrl, mouse -1000, +200"
+    assert csgo_action().sum() == 2 and len(csgo_action()) == 51
+    keyboard = Keyboard(DATA_SETS["csgo"])
+    assert np.array_equal(keyboard.take_action(), csgo_action())
+    keyboard.press(["w", "ArrowRight", "Enter"])
+    assert data.describe_action(DATA_SETS["csgo"], keyboard.take_action()) == (
+        "w, left click, mouse +60, 0")
+    keyboard.press(["w"])
+    keyboard.move([20, 0])
+    keyboard.move([70, -3])  # the nearest bins of 90 and -3
+    assert describe_csgo(keyboard.take_action()) == "w, mouse +100, -4"
+    assert describe_csgo(keyboard.take_action()) == "w, mouse 0, 0"
+
+
+def test_the_arena_is_recorded_in_csgos_layout():
+    text = record_arena.map_text(hall := record_arena.draw_hall(0))
+    assert text.count("linedef") == text.count("vertex") == 4 + 4 * len(hall["pillars"])
+    assert set(hall["walls"]) <= set(re.findall(r'texturemiddle = "(\w+)"', text))
+    record_arena.write_wad(path := folder() / "hall.wad", text)
+    content = path.read_bytes()
+    count, directory = np.frombuffer(content[4:12], "<i4")
+    lumps = {}
+    for entry in (content[directory + 16 * i :][:16] for i in range(count)):
+        begin, size = np.frombuffer(entry[:8], "<i4")
+        lumps[entry[8:].rstrip(b"\0")] = content[begin : begin + size]
+    assert list(lumps) == [b"MAP01", b"TEXTMAP", b"ENDMAP"] and lumps[b"TEXTMAP"] == text.encode()
+    random, payloads = np.random.default_rng(0), []
+    for behaviour in record_arena.BEHAVIOURS:
+        planned = record_arena.plan(behaviour, random, 24)
+        counts = np.array([count for _, count in planned])
+        assert len(planned) == 24 and abs(counts).max() <= record_arena.FASTEST
+        actions = np.array([csgo_action(sorted(down), x=count) for down, count in planned])
+        frames = random.integers(0, 256, (24, 64, 80, 3), dtype=np.uint8)
+        payloads.append(encode_example({
+            "steps/observation/image": [encode_jpeg(frame) for frame in frames],
+            "steps/action": actions.ravel(), "steps/observation/pose": np.zeros(72, np.float32)}))
+    write_records(path.parent / "csgo_arena-val.tfrecord-00000-of-00001", payloads)
+    episodes = open_episodes("csgo", path.parent, "val")
+    assert len(episodes) == 6 and episodes.dataset.aspect == (64, 80)
+    assert episodes.dataset.network_fps == 9 and episodes[0].actions.shape == (24, 51)
+    assert np.array_equal(episodes[5].actions, actions)
+    assert episodes[0].feature("steps/observation/pose").shape == (24, 3)
+    assert data.as_compared(episodes[0].frames, episodes.dataset).shape == (24, 64, 80, 3)
+
+
+def test_the_held_out_clips_of_csgo_are_the_published_ones():
+    # The published evaluation draws 500 first frames and hands them to its files in the order of
+    # their paths, two hundred files to a folder.
+    lines = DATA_SETS["csgo"].protocol.read_text(encoding="utf-8").split("\n")[:-1]
+    begins = {name: int(first) for name, first in map(str.split, lines)}
+    def path(name: str) -> str:
+        first = (int(re.search(r"_(\d+)\.", name)[1]) - 1) // 200 * 200 + 1
+        return f"{first}-{first + 199}/{name}"
+    drawn = np.random.RandomState(42).randint(0, 984, 500)
+    assert [begins[name] for name in sorted(begins, key=path)] == drawn.tolist()
+
+
+def test_csgo_is_read_as_h5py_reads_it():
+    needs("h5py")
+    import h5py
+    root = make_csgo(["hdf5_dm_july2021_1.hdf5", "hdf5_dm_july2021_3.hdf5",
+                      "hdf5_dm_july2021_2.hdf5"], frames=390)
+    train_set, held_out = (open_episodes("csgo", root, split) for split in ("train", "val"))
+    assert [e.name for e in train_set] == ["hdf5_dm_july2021_1", "hdf5_dm_july2021_2"]
+    assert [(e.name, e.length) for e in held_out] == [("hdf5_dm_july2021_3", 390 - 372)]
+    with h5py.File(train_set[1].path) as file:
+        frames, actions = train_set[1].read(30, 33)
+        for i, frame in enumerate(frames):
+            assert np.array_equal(frame, file[f"frame_{30 + i}_x"][()][:, :, ::-1])
+            assert np.array_equal(actions[i], file[f"frame_{30 + i}_y"][()])
+    with h5py.File(held_out[0].path) as file:  # begins at the protocol's frame 372
+        assert np.array_equal(held_out[0].frames[1], file["frame_373_x"][()][:, :, ::-1])
+        assert np.array_equal(held_out[0].actions[17], file["frame_389_y"][()])
+    shard = root / "1-200" / "hdf5_dm_july2021_2.hdf5"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    assert open_episodes("csgo", root, "train").damaged == 1
+    with h5py.File(root / "1-200" / "hdf5_dm_july2021_4.hdf5", "w") as file:
+        file["something"] = 1
+    with raises(DataError, "4.hdf5 does not hold this data set"):
+        open_episodes("csgo", root)
+
+
+def test_a_released_csgo_checkpoint_rolls_out():
+    needs("h5py")
+    root, out = make_csgo(["hdf5_dm_july2021_3.hdf5"], frames=390), folder()
+    config = ModelConfig(unet=replace(SMALL, default_fps=3), size=(32, 48),
+                         autoencoder=AutoencoderConfig(32, (1, 2), 1),
+                         image_tower=ImageTowerConfig(28, 14, 64, 2, 4, 48),
+                         text_tower=TextTowerConfig(77, 49408, 48, 3, 3, 48),
+                         resampler=ResamplerConfig(48, 1, 3, 16, 16, 64, 48, 4))
+    names = released_names(replace(SMALL, action_dim=51, action_table=True))
+    assert any("action_emb_preprocess" in name for name in names)
+    released = {name: torch.randn(shape) * 0.05 for name, shape in names.items()}
+    passive = [f"model.diffusion_model.{name}" for name in UNet(SMALL).state_dict()]
+    path, before = small_checkpoint(**dict.fromkeys(passive) | released), sample.load_world
+    saving.from_vid2world = partial(from_vid2world, config=config)
+    sample.load_world = partial(sample.load_world, overlap=2)
+    try:
+        code, output = run_command(
+            sample.main, "--checkpoint", path, "--data", "csgo", "--root", root, "--steps", 1,
+            "--frames", 6, "--guidance", 1, "--out", out)
+        assert code == 0 and output.count("PSNR") == 2, output  # four of the six are given
+        assert (out / "csgo_val0_guidance1.png").exists()
+        world = sample.load_world(path, steps=1, guidance=1.0)
+        episodes = open_episodes("csgo", root, "val")
+        tally = evaluate.evaluate(world, episodes, frames=6, context=4)
+        assert tally.sums["psnr"].shape == (2,) and "psnr without bars" not in tally.sums
+    finally:
+        sample.load_world, saving.from_vid2world = before, from_vid2world
+
+
+def test_frames_are_compared_as_the_published_figures_were():
+    frames = np.random.default_rng(0).integers(0, 256, (2, 150, 280, 3), dtype=np.uint8)
+    smooth = np.stack([np.asarray(Image.fromarray(frame).resize((7, 5)).resize((280, 150)))
+                       for frame in frames])
+    fitted = fit_frames(smooth, 320, 512)
+    compared = data.as_compared(fitted, DATA_SETS["csgo"])
+    assert compared.shape == smooth.shape and psnr(compared, smooth).min() > 35
+    assert data.as_compared(fitted[None], DATA_SETS["csgo"]).shape == (1, 2, 150, 280, 3)
+    rt1 = fit_frames(smooth[:, :, :187], 320, 512)  # the aspect of 256×320
+    assert np.array_equal(data.as_compared(rt1, DATA_SETS["rt1"]), rt1)
+    assert cut_bars(rt1, (256, 320)).shape == (2, 320, 400, 3)
+
+
+def test_a_lerobot_data_set_is_converted_frame_by_frame():
+    # testing/lerobot was written by the lerobot package: 0.3.3 (v2.1) and 0.4.4 (v3.0), by
+    # testing/write_lerobot.py. Each picture shows the number of its frame in a row of bits.
+    needs("pyarrow", "av")
+    def number(frame: np.ndarray) -> int:
+        return sum(1 << bit for bit in range(8)
+                   if frame[10:15, bit * 8 + 2 : bit * 8 + 6].mean() > 135)
+    random = np.random.default_rng(0)
+    actions = [random.standard_normal((length, 3)).astype(np.float32) for length in (20, 17, 23)]
+    for version in ("v2.1", "v3.0"):
+        source, out = HERE / "testing" / "lerobot" / version, folder() / "converted"
+        words = [source, out, "--camera", "wrist"]
+        code, output = run_command(from_lerobot.main, *words)
+        assert code == 0 and "3 episodes in" in output, output
+        episodes = open_episodes("folder", out)
+        assert [e.length for e in episodes] == [20, 17, 23] and episodes.dataset.fps == 10
+        assert episodes.dataset.names == ("x", "y", "g")
+        for i, episode in enumerate(episodes):
+            assert np.load(episode.path).dtype == np.float32
+            assert np.array_equal(np.load(episode.path), actions[i])
+            assert [number(frame) for frame in episode.frames] == list(range(32 * i, 32 * i +
+                                                                             episode.length))
+        # interrupted and started again: what is there stays, the rest comes
+        kept = out / "episode_000000" / "actions.npy"
+        stamp = kept.stat().st_mtime_ns
+        shutil.rmtree(out / "episode_000001")
+        assert run_command(from_lerobot.main, *words)[0] == 0
+        assert len(open_episodes("folder", out)) == 3 and kept.stat().st_mtime_ns == stamp
+    refused(from_lerobot.main, source, out, "--camera", "top", saying="there is no camera 'top'")
+    refused(from_lerobot.main, source, out, "--action", "act", saying="there is no 'act'")
+    refused(from_lerobot.main, folder(), out, saying="is no LeRobot data set")
+    shutil.copytree(source, broken := folder() / "broken")
+    for name, content, saying in (("info.json", '{"codebase_version": "v1.6"}', "has no features"),
+                                  ("info.json", "{", "cannot be read .JSONDecodeError")):
+        (broken / "meta" / name).write_text(content, encoding="utf-8")
+        refused(from_lerobot.main, broken, out, saying=saying)
+
+
+def test_a_lerobot_episode_that_does_not_match_itself_is_left_out():
+    needs("pyarrow", "av")
+    source, out = folder() / "damaged", folder() / "converted"
+    shutil.copytree(HERE / "testing" / "lerobot" / "v2.1", source)
+    videos = source / "videos" / "chunk-000" / "observation.images.front"
+    # as when a recording is split at the wrong place: the pictures of another episode
+    shutil.copy(videos / "episode_000002.mp4", videos / "episode_000001.mp4")
+    (videos / "episode_000002.mp4").write_bytes(b"no video")
+    code, output = run_command(from_lerobot.main, source, out, "--camera", "front")
+    assert code == 0 and "1 episodes in" in output and "2 left out" in output, output
+    assert "episode_000001: episode_000001.mp4 goes on after its 17 rows" in output
+    assert re.search("episode_000002: .*episode_000002.mp4 cannot be read", output)
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["episode_000000"]
+    (source / "meta" / "episodes.jsonl").write_text('{"episode_index": 0', encoding="utf-8")
+    refused(from_lerobot.main, source, out, saying="the list of episodes in .* cannot be read")
+
+
+def test_an_rlds_data_set_of_any_schema_is_converted():
+    root, out = make_rt1([5, 7], shards=2), folder() / "converted"
+    words = [root, out, "--fps", 3, "--action", "steps/action/world_vector",
+             "steps/action/terminate_episode"]
+    assert run_command(from_rlds.main, *words)[0] == 0
+    theirs, ours = open_episodes("rt1", root), open_episodes("folder", out)
+    assert ours.dataset.fps == 3 and [e.length for e in ours] == [e.length for e in theirs]
+    for one, other in zip(theirs, ours, strict=True):
+        assert np.array_equal(one.frames, other.frames)  # the same JPEG, byte for byte
+        assert np.array_equal(one.actions[:, [10, 11, 12, 7, 8, 9]], other.actions)
+    refused(from_rlds.main, root, out, "--image", "steps/picture",
+            saying="no feature 'steps/picture'; a step has steps/action/base_displacement_vector")
+
+
+def test_a_videos_frames_are_matched_to_rows_by_time():
+    needs("av")
+    import av
+    source, out = folder(), folder() / "converted"
+    def video(name: str, frames: int, lost: int = -1) -> None:
+        with av.open(str(source / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for t in set(range(frames)) - {lost}:
+                frame = np.full((32, 32, 3), 10 * t, np.uint8)
+                frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                frame.pts, frame.time_base = t, Fraction(1, 10)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    def table(name: str, times: np.ndarray) -> None:
+        rows = [f"{float(time)!r},{1 / 3 + i!r}" for i, time in enumerate(times)]
+        (source / f"{name}.csv").write_text("\n".join(["timestamp,speed", *rows]), encoding="utf-8")
+    ticks = np.arange(20) / 10
+    for name, times in (("whole", ticks + 0.03), ("late", ticks[:12] + 0.48),
+                        ("gap", np.delete(ticks, 7)), ("beyond", ticks + 0.2),
+                        ("backwards", ticks[::-1]), ("lost", ticks)):
+        video(name, 20, lost=7 if name == "lost" else -1)
+        table(name, times)
+    video("alone", 5)
+    code, output = run_command(from_video.main, source, out)
+    assert code == 0 and "2 episodes in" in output and "5 left out" in output, output
+    for saying in ("lost: lost.mp4 has no frame for row 7, due at 0.700 s: the next one is at 0.8",
+                   "gap: gap.mp4 has a frame at 0.700 s that no row is for",
+                   "beyond: beyond.mp4 has frames for 18 of 20 rows", "does not rise",
+                   "alone: there is no alone.csv beside it"):
+        assert saying in output, output
+    episodes = {e.name: e for e in open_episodes("folder", out)}
+    assert episodes["whole"].dataset.names == ("speed",) and episodes["whole"].dataset.fps == 10
+    assert np.array_equal(np.load(episodes["whole"].path)[:, 0], 1 / 3 + np.arange(20))
+    for name, first in (("whole", 0), ("late", 5)):
+        shades = episodes[name].frames.mean((1, 2, 3))
+        assert np.abs(shades - 10 * (first + np.arange(len(shades)))).max() < 3, name
+    # without a time, a row for every frame
+    (source / "whole.csv").write_text("1\n2\n", encoding="utf-8")
+    for path in source.glob("*.csv"):
+        if path.stem != "whole":
+            path.unlink()
+    refused(from_video.main, source, folder() / "none", saying="whole.mp4 has 20 frames for 2 rows")
+
+
+def test_optional_packages_are_imported_where_they_are_used():
+    optional = {"h5py", "pyarrow", "av", "vizdoom", "metaworld", "mujoco"}
+    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # at the top
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                assert not optional & {name.split(".")[0] for name in names}, path
+
+
+def test_random_damage_ends_in_the_projects_own_errors_and_executes_nothing():
+    random, mark = np.random.default_rng(0), folder() / "executed"
+    frames, actions = make_episode(5, seed=0)
+    files = folder()
+    np.savez(files / "episode.npz", image=frames[:, :8, :8], action=actions)
+    np.save(files / "actions.npy", actions)
+    torch.save({"state_dict": {"model.diffusion_model.w": torch.randn(40)}, "step": 7},
+               files / "model.ckpt")
+    write_safetensors(files / "model.safetensors", {"model.diffusion_model.w": torch.randn(40)})
+    torch.save({"state_dict": {}, "hook": Exploit(mark)}, files / "evil.ckpt")
+    write_records(files / "rt1.tfrecord-00000-of-00001",
+                  [shard_of(make_rt1([4])).read_bytes()[12:-4]])
+    (files / "info.json").write_text('{"fps": 5, "names": ["up", "across"], "absolute": true, '
+                                     '"keys": {"w": {"up": 1}, " ": {"up": 2, "toggles": true}}}',
+                                     encoding="utf-8")
+    Image.fromarray(frames[0]).save(files / "2.png")
+
+    def read_episodes(root: Path, name: str = "rt1") -> None:
+        for episode in open_episodes(name, root):
+            episode.read(0, episode.length)
+
+    def read_own(path: Path) -> None:  # a good folder but for this file
+        root = make_pictures([4])
+        shutil.copy(path, root if path.suffix == ".json" else root / "episode_000")
+        read_episodes(root, "folder")
+
+    readers = {".npz": lambda path: read_episodes(path.parent),
+               ".npy": lambda path: [sample.to_numbers(read_npy(path)), read_own(path)],
+               ".png": read_own, ".json": read_own,
+               ".tfrecord-00000-of-00001": lambda path: read_episodes(path.parent),
+               ".ckpt": read_lightning,
+               ".safetensors": read_lightning}
+    refused_cases = 0
+    originals = sorted(files.iterdir())
+    for case in range(280):
+        original = originals[case % len(originals)]
+        content = bytearray(original.read_bytes())
+        damage, place = case // len(originals) % 4, int(random.integers(len(content)))
+        if damage == 0:
+            del content[place:]
+        elif damage == 1:
+            content[place] ^= int(random.integers(1, 256))
+        elif damage == 2:
+            content[place : place + 16] = random.bytes(16)
+        else:
+            content[place : place + 64] = bytes(64)
+        damaged = folder() / original.name
+        damaged.write_bytes(content)
+        read = next(reader for suffix, reader in readers.items() if original.name.endswith(suffix))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read(damaged)
+        except UserError as error:
+            refused_cases += 1
+            assert "\n" not in str(error), error
+    assert refused_cases > 160 and not mark.exists()
+
+
+def test_damage_that_only_a_checksum_shows_is_found_in_a_checkpoint():
+    path = small_checkpoint()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of a weight
+    path.write_bytes(content)
+    with raises(CheckpointError, "a checksum does not match"):
+        read_checkpoint(path)

@@ -1,0 +1,338 @@
+"""Claims about measurements and the bundled worlds."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sample
+import train
+from bundled.bundle_checkpoint import bundle_base, bundle_world
+from bundled.tune_decoder import tune_decoder
+from data import SAMPLES, open_episodes
+from dynamicrafter.checkpoint import read_checkpoint
+from evaluation import (
+    ablations,
+    baselines,
+    causality,
+    contact,
+    controllability,
+    drift,
+    evaluate,
+    game,
+    metrics,
+    policies,
+    speed,
+    transfers,
+)
+from model.saving import (
+    ARENA_WORLD,
+    TINY_BASE,
+    TINY_WORLD,
+    from_dynamicrafter,
+    load_model,
+)
+from model.vid2world import PRESETS
+from play import __main__ as play
+from testing.commands import folder, free_port, raises, refused, run_command
+from testing.episodes import (
+    make_episode,
+    make_rt1,
+)
+from testing.golden import (
+    error_of,
+)
+from testing.networks import small_networks
+from testing.worlds import (
+    small_preset,
+    train_words,
+)
+
+HERE = Path(__file__).parent.parent
+
+
+# --------------------------------------------------------------------------------------------------
+# evaluation/
+
+
+def noisy_pictures() -> tuple[np.ndarray, np.ndarray]:
+    """A real frame and the same with noise, [2, H, W, 3] both, then two random ones."""
+    random = np.random.RandomState(0)
+    frame = open_episodes("rt1", SAMPLES, "val")[0].read(0, 1)[0]
+    noise = random.randint(-20, 21, frame.shape)
+    pairs = [(frame, np.clip(frame.astype(int) + noise, 0, 255).astype(np.uint8)),
+             random.randint(0, 256, (2, *frame.shape)).astype(np.uint8)]
+    ours, theirs = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return ours, theirs
+
+
+def test_psnr_and_ssim_are_scikit_images():
+    # structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    # data_range=255, channel_axis=-1), 0.26.0
+    ours, theirs = noisy_pictures()
+    assert np.allclose(metrics.psnr(ours, theirs), [26.670384, 7.745417], atol=1e-4)
+    assert np.allclose(metrics.ssim(ours, theirs), [0.692203, -0.002591], atol=1e-4)
+    assert metrics.ssim(ours, ours).tolist() == [1, 1]
+    with raises(ValueError, "at least 11"):
+        metrics.ssim(ours[:, :10], theirs[:, :10])
+
+
+def statistics_of(features: Tensor, batch: int = 7) -> metrics.Statistics:
+    statistics = metrics.Statistics(features.shape[1])
+    for chunk in features.split(batch):
+        statistics.add(chunk)
+    return statistics
+
+
+def test_streamed_statistics_are_those_of_two_passes():
+    features = torch.randn(100, 6, generator=torch.Generator().manual_seed(0),
+                           dtype=torch.float64) * 3 + 1000
+    statistics = statistics_of(features)
+    assert error_of(statistics.mean, features.mean(0)) < 1e-12
+    assert error_of(statistics.covariance, torch.cov(features.T)) < 1e-10
+
+
+def test_the_frechet_distance_is_the_formula_with_the_matrix_root():
+    generator = torch.Generator().manual_seed(0)
+    for count in (100, 5):  # 5 vectors of 8 numbers: singular covariances
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        a, b = (randn(count, 8) @ randn(8, 8) + i for i in range(2))
+        # of C1 C2, whose root's trace is wanted
+        eigenvalues = np.linalg.eigvals((torch.cov(a.T) @ torch.cov(b.T)).numpy()).astype(complex)
+        traces = torch.cov(a.T).trace() + torch.cov(b.T).trace()
+        apart = (a.mean(0) - b.mean(0)).square().sum()
+        formula = apart + traces - 2 * np.sqrt(eigenvalues).real.sum()
+        ours = metrics.frechet_distance(statistics_of(a), statistics_of(b))
+        assert abs(ours - float(formula)) < 1e-6 * float(formula), (count, ours, float(formula))
+        assert abs(metrics.frechet_distance(statistics_of(a), statistics_of(a))) < 1e-3
+    with raises(ValueError, "at least two"):
+        metrics.frechet_distance(statistics_of(a[:1]), statistics_of(b))
+
+
+def test_the_evaluation_command_measures_continues_and_shares():
+    out, networks = folder(), small_networks()
+    words = ["--episodes", 3, "--batch", 1, "--frames", 3, "--steps", 1]
+    words += [word for name in ("--inception", "--lpips", "--i3d")
+              for word in (name, networks[name])]
+    code, printed = run_command(evaluate.main, *words, "--out", out / "whole")
+    assert code == 0, printed
+    whole = json.loads((out / "whole" / "result.json").read_text(encoding="utf-8"))
+    assert set(whole["result"]) == {"psnr", "ssim", "lpips", "fid", "fvd",
+                                    "psnr of repeating"} and not whole["absent"]
+    assert whole["episodes"] == 3 and len(whole["by_frame"]["psnr"]) == 2
+    assert (out / "whole" / "lpips.png").exists()
+
+    # Interrupted in its third batch, it goes on there.
+    right, calls = evaluate.score, []
+    def interrupted(*inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        right(*inputs)
+    evaluate.score = interrupted
+    try:
+        assert run_command(evaluate.main, *words, "--out", out / "halves")[0] == 130
+    finally:
+        evaluate.score = right
+    code, printed = run_command(evaluate.main, *words, "--out", out / "halves")
+    assert code == 0 and "going on after 2 batches" in printed
+    halves = json.loads((out / "halves" / "result.json").read_text(encoding="utf-8"))
+    assert halves["result"] == whole["result"]
+
+    # Two processes share the batches, as torchrun would start them.
+    command = [sys.executable, "-m", "evaluation.evaluate", *map(str, words), "--out",
+               out / "shared"]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    both = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.DEVNULL, env=os.environ | meeting
+                             | {"RANK": rank, "OMP_NUM_THREADS": "1"}) for rank in "01"]
+    assert [process.wait(timeout=150) for process in both] == [0, 0]
+    shared = json.loads((out / "shared" / "result.json").read_text(encoding="utf-8"))["result"]
+    assert all(abs(shared[name] - value) < 1e-3 * abs(value) for name,
+               value in whole["result"].items()), (shared, whole["result"])
+
+    code, printed = run_command(evaluate.main, "--episodes", 1, "--frames", 3, "--steps", 1,
+                                "--nar", "--out", out / "nar")
+    assert code == 0 and printed.count("absent") == 3 and "no --inception network" in printed
+    for bad, saying in ((["--inception", "none.pt"], "no network for Inception at none.pt"),
+                        (["--i3d", HERE / "README.md"], "no TorchScript"),
+                        (["--inception", networks["flat"]], r"expected .*features. of Inception"),
+                        (["--lpips", networks["--i3d"]], "cannot be asked as LPIPS")):
+        refused(evaluate.main, *words[:8], "--out", out / "bad", *bad, saying=saying)
+
+
+# --------------------------------------------------------------------------------------------------
+# The bundled world
+
+
+def test_the_bundled_world_predicts_what_actions_do():
+    episodes = open_episodes("rt1", SAMPLES, "val").where(np.arange(3))
+    world = sample.load_world(TINY_WORLD, guidance=1.0, steps=2)
+    (frames, actions), = evaluate.read_batches(episodes, 10, 3, world.model.config)
+    tally = evaluate.evaluate(world, episodes, frames=10, context=1, batch=3)
+    right, repeating = (tally.sums[name].mean() / 3 for name in ("psnr", "psnr of repeating"))
+    others = evaluate.imagine(world, frames, np.roll(actions, 1, axis=0)[:, :-1])
+    misled = metrics.psnr(others, frames)[:, 1:].mean()
+    assert tally.sums["psnr"].shape == (9,)
+    assert right > repeating + 4 and right > misled + 4, (right, repeating, misled)
+
+
+def test_the_bundled_game_beats_standing_still():
+    episodes = open_episodes("csgo", SAMPLES, "val").where(np.array([0, 1, 2]))
+    world = sample.load_world(ARENA_WORLD)
+    tally = evaluate.evaluate(world, episodes, frames=12, context=4, batch=3)
+    imagined, repeating = (tally.sums[name].mean() / 3 for name in ("psnr", "psnr of repeating"))
+    assert imagined > repeating + 2, (imagined, repeating)
+
+
+def test_the_bundled_files_are_small_and_halved():
+    for path in (TINY_BASE, TINY_WORLD, ARENA_WORLD):
+        content = read_checkpoint(path)
+        weights = content.get("state_dict") or content["weights"]
+        kinds = {tensor.dtype for name, tensor in weights.items() if name != "action_statistics"}
+        assert path.stat().st_size < 16e6 and kinds == {torch.float16}, path
+    assert sum(path.stat().st_size for path in (HERE / "samples").iterdir()) < 13e6
+    assert sum(p.numel() for p in from_dynamicrafter(TINY_BASE,
+                                                     PRESETS["tiny"]).unet.parameters()) < 8e6
+
+
+def test_without_data_or_checkpoint_the_commands_take_the_bundled_ones_and_say_so():
+    before = os.getcwd()
+    os.chdir(folder())  # where there is no datasets/
+    try:
+        code, said = run_command(train.main, "--steps", 2, "--batch", 1, "--frames", 4,
+                                 "--workers", 0, "--set", "val_clips=1")
+        assert code == 0 and "python sample.py --checkpoint runs/default" in said, said
+        assert "rt1 from samples (bundled)" in said and "base: tiny_base.pt (bundled)" in said
+        code, said = run_command(sample.main, "--guidance", 2.0, "--frames", 3)
+        assert code == 0 and said.count("PSNR") == 2, said
+        assert "tiny_world.pt (bundled)" in said and "samples (bundled)" in said
+        code, said = run_command(sample.main, "--data", "csgo", "--frames", 5)
+        assert code == 0 and said.count("PSNR") == 1, said
+        assert "arena_world.pt (bundled), data: csgo from samples (bundled)" in said
+    finally:
+        os.chdir(before)
+
+
+@small_preset()
+def test_runs_are_bundled_as_a_base_and_as_a_world():
+    root, runs, out = make_rt1([8] * 6), folder(), folder()
+    words = ["--lr", 1e-3, "--set", "warmup=0"]
+    assert run_command(train.main, *train_words(root, runs / "base", steps=1), *words,
+                       "--passive")[0] == 0
+    bundle_base(runs / "base", out / "tiny_base.pt")
+    words = [word for word in train_words(root, runs / "world", steps=2)
+             if word != "--scratch"] + words
+    assert run_command(train.main, *words, "--base", out / "tiny_base.pt")[0] == 0
+    bundle_world(runs / "world", out / "tiny_world.pt", "tiny_base.pt")
+    frames, actions = make_episode(4, seed=1)
+    ours, theirs = (sample.load_world(path, steps=2)
+                    for path in (out / "tiny_world.pt", runs / "world"))
+    for world in (ours, theirs):
+        sample.rollout(world, frames, actions[:-1])
+    assert error_of(ours.latents, theirs.latents) < 1e-2
+    assert not any(name.startswith("autoencoder.")
+                   for name in read_checkpoint(out / "tiny_world.pt")["weights"])
+    tune_decoder(runs / "world", steps=1)
+    bundle_world(runs / "world", out / "tiny_world.pt", "tiny_base.pt")
+    kept = read_checkpoint(out / "tiny_world.pt")["weights"]
+    assert any(name.startswith("autoencoder.decoder.") for name in kept)
+    assert not any(name.startswith(("autoencoder.encoder.", "image_tower.")) for name in kept)
+
+
+def test_the_gripper_is_read_off_frames_and_its_directions_off_episodes():
+    episodes = open_episodes("rt1", SAMPLES, "train").where(np.arange(16))
+    reader = controllability.train_reader(episodes, steps=160, size=8)
+    held_out = open_episodes("rt1", SAMPLES, "val").where(np.arange(4))
+    frames, places = controllability.recorded(held_out)
+    with torch.no_grad():
+        assert (reader(frames) - places).norm(dim=1).mean() < 4  # and about 20 for the mean place
+    across, up = controllability.directions(episodes)
+    # x and y go to the right of the picture, z goes up
+    assert across[0] > 0 and across[1] > 0 and up[2] < 0
+
+
+def test_transfers_and_ablations_are_compared():
+    levels, methods = transfers.LEVELS, transfers.TRANSFER_METHODS
+    transfers.LEVELS, transfers.TRANSFER_METHODS = (500,), ("masked", "extrapolative")
+    try:
+        code, printed = run_command(transfers.main, "--clips", 1, "--frames", 4, "--out", folder())
+    finally:
+        transfers.LEVELS, transfers.TRANSFER_METHODS = levels, methods
+    rows = [row.split("|") for row in printed.splitlines()
+            if re.match(r"\| (mixed|shift|masked|extrapolative), (past|frame) ", row)]
+    assert code == 0 and len(rows) == 4 and all(0 < float(row[2].strip(" *")) < 10 for row in rows)
+    out = folder()
+    words = ["--variants", "baseline", "from scratch", "--seeds", 1, "--steps", 1, "--cooldown", 1,
+             "--batch", 1, "--frames", 4, "--workers", 0,
+             "--val-clips", 1, "--episodes", 1, "--denoising-steps", 1, "--out", out]
+    code, printed = run_command(ablations.main, *words)
+    assert code == 0 and "| baseline |" in printed and "| from scratch |" in printed, printed
+    again = run_command(ablations.main, *words)[1]  # what is done is not done again
+    assert "at step" not in again and again.strip() == printed[
+        printed.index("| variant |") :].strip()
+    # and never taken for what other settings would have given
+    alone = words[:2] + words[3:]  # the baseline
+    other = run_command(ablations.main, *alone, "--denoising-steps", 2)[1]
+    (psnr,), (other_psnr,) = (re.findall(r"\| baseline \|.*\| (\S+) ±", table)
+                              for table in (printed, other))
+    assert psnr != other_psnr, other
+    refused(ablations.main, *alone, "--steps", 2, saying="has steps 1, and here it is 2")
+
+
+def test_commands_refuse_bad_words_in_a_sentence():
+    out = folder()
+    np.savez(out / "archive.npz", a=np.zeros(3))
+    np.save(out / "records.npy", np.zeros(3, [("x", float), ("y", float)]))
+    np.save(out / "complex.npy", np.zeros((3, 13), complex))
+    np.save(out / "narrow.npy", np.zeros((3, 7)))
+    np.save(out / "nan.npy", np.full((3, 13), np.nan))
+    np.save(out / "huge.npy", np.zeros((3, 13), np.float32))
+    header = (out / "huge.npy").read_bytes()
+    (out / "huge.npy").write_bytes(header.replace(b"(3, 13), }           ",
+                                                  b"(999999999999, 13), }"))
+    model, load = load_model(TINY_WORLD), sample.load_world_model
+    sample.load_world_model = lambda path: model  # once is enough
+    for words, saying in (
+            (["--seed", 2**64], "between 0 and 2.63"), (["--out", "a\0b"], "null byte"),
+            (["--frames", 1], "leave a frame to imagine"),
+            (["--context", 0], "context is 0"), (["--episode", -1], "episode is -1"),
+            (["--steps", 0], "steps is 0"),
+            (["--eta", 2], "eta is 2"), (["--guidance", "nan"], "guidance is nan"),
+            (["--steps", "x"], "invalid int"), (["--episode", 99], "no episode 99"),
+            (["--actions", out / "narrow.npy"], r"expected .N, 13."),
+            (["--actions", out / "nan.npy"], "not finite"),
+            (["--guidance-levels", 5, 4], "low <= high"),
+            (["--repeat-action", 1, 2], r"expected .N, 13."),
+            (["--actions", out / "archive.npz"], "is an .npz archive"),
+            (["--actions", out / "records.npy"], "real numbers"),
+            (["--actions", out / "complex.npy"], "complex128"),
+            (["--actions", out / "huge.npy"], "huge.npy cannot be read"),
+            (["--actions", out / "none.npy"], "No such file"),
+            (["--actions", out], "Is a directory")):
+        refused(sample.main, *words, saying=saying)
+    sample.load_world_model = load
+    for words, saying in ((["--port", 99999], "port is 99999"), (["--host", ""], "host is empty"),
+                          (["--steps", 0], "steps is 0"),
+                          (["--host", "nowhere.invalid"], "play: ")):
+        refused(play.main, *words, saying=saying)
+
+
+def test_measurements_refuse_what_they_cannot_measure():
+    refused(evaluate.main, "--episodes", 99, saying="32 of at least 16 frames are held out")
+    refused(evaluate.main, "--checkpoint", "none.pt", saying="no checkpoint at")
+    refused(controllability.main, "--data", "bridge", saying="no bridge in datasets")
+    refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")
+    for main, name in ((ablations.main, "seeds"), (baselines.main, "episodes"),
+                       (causality.main, "frames"), (contact.main, "batch"), (drift.main, "frames"),
+                       (game.main, "reader-steps"), (policies.main, "horizon"),
+                       (speed.main, "rounds"), (transfers.main, "clips")):
+        for number in (0, -1):
+            refused(main, f"--{name}", number,
+                    saying=f"--{name} is {number}; it must be at least")

@@ -17,6 +17,7 @@ Paper: appendix C.1.
 """
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,56 +25,51 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from episodes import tfrecord
-from episodes.actions import (
-    ARENA_MOUSE,
-    CSGO_WIDTH,
-    FIRST_X,
-    FIRST_Y,
-    MOUSE_X,
-    MOUSE_Y,
-    Key,
-    arena_keys,
-    csgo_action,
-    csgo_keys,
-    describe_by_keys,
-    describe_by_names,
-    describe_csgo,
-)
+from episodes import csgo, tfrecord
+from episodes.actions import Key, describe_by_keys, describe_by_names
 from episodes.formats import episode_name, format_of
-from episodes.frames import augment, cut_bars, fit_frames
+from episodes.frames import augment, fit_frames
 from episodes.images import decode_all
 from episodes.index import choose_split, find_files, list_files, load_index
 from episodes.own import describe_folder, mention_bare
+from model.saving import ARENA_WORLD, TINY_WORLD
 from support.errors import DataError, reading
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a data set keeps its frames and actions, and what a model has to know about it."""
-    shards: str = ""  # how the names of its shards begin, a regular expression
+    """All that is particular about a data set. A new one needs the first group, fps and aspect."""
+    # Its files
+    shards: str = ""  # how the names of its shards begin, a regular expression; "": anything
     image: str = "image"  # feature with one encoded picture per step
-    # features that make up the action, in order, and their widths
-    actions: tuple[tuple[str, int], ...] = ()
-    fps: float = 10
-    told_fps: int | None = None  # the frame rate that the network is told, if it is another
-    aspect: tuple[int, int] = (1, 1)  # height and width of its frames, up to a factor
+    actions: tuple[tuple[str, int], ...] = ()  # features of an action, in order, and their widths
     files: str = r"\.tfrecord(-\d+-of-\d+)?$|\.npz$"  # names of its files, a regular expression
     expected: str = "TFRecord shards (*.tfrecord-*) or .npz files"  # the same, in words
-    fit: str = "pad"  # how frames of another aspect than the model's are fitted: see `fit_frames`
-    augment: bool = False  # whether training varies the colours and the place of the picture
-    context: int = 1  # frames given at the start of a rollout
     held_out: int = 1024  # validation episodes (at most an eighth of all)
     protocol: Path | None = None  # held-out files by name, and the frame at which to begin
+    # fields that only the files can say, from (root, paths, fps)
+    details: Callable[[Path, list[Path], float | None], dict] | None = None
+
+    # What the model is told
+    fps: float = 10
+    conditioning_fps: int | None = None  # the frame rate that the network is told, if it is another
+    aspect: tuple[int, int] = (1, 1)  # height and width of its frames, up to a factor
+    fit: str = "pad"  # how frames of another aspect than the model's are fitted: see `fit_frames`
+    augment: bool = False  # whether training varies the colours and the place of the picture
+    standardise: bool = False  # whether actions are learned in standard deviations from their mean
+
+    # How predictions are compared
+    context_frames: int = 1  # given at the start of a rollout
     compare_at: tuple[int, int] | None = None  # size at which frames are compared, without bars
-    standardise: bool = False  # whether actions are learned in units of their deviation
-    # What the numbers of an action mean
-    names: tuple[str, ...] = ()
-    keys: dict[str, Key] = field(default_factory=dict)  # a browser's name of a key -> what it does
+
+    # How it is played
+    world: Path = TINY_WORLD  # the bundled world that takes these actions
+    names: tuple[str, ...] = ()  # of the dimensions of an action
+    keys: dict[str, Key] = field(default_factory=dict)  # a browser's name of a key -> its effect
     rest: tuple[float, ...] = ()  # the action without a key; () is zeros
     # the mouse's motion, sideways and down: first number of a one-hot, and the counts of its bins
     mouse: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    absolute: bool = False  # actions say where to be: a key adds to where that is
+    absolute: bool = False  # actions are positions: a key adds to the present one
     describe: Callable[[np.ndarray], str] | None = None  # an action in words
 
     @property
@@ -82,7 +78,12 @@ class DataSet:
 
     @property
     def network_fps(self) -> int:
-        return self.told_fps or max(1, round(self.fps))
+        return self.conditioning_fps or max(1, round(self.fps))
+
+    @property
+    def needs_root(self) -> bool:
+        """Whether its files have no names to be found by, as those of a folder of one's own."""
+        return not self.shards
 
 
 SAMPLES = Path(__file__).parent / "samples"  # the bundled episodes
@@ -112,25 +113,19 @@ DATA_SETS = {
               " ": Key("gripper", 6, 1, toggles=True)}),
     # 500 of its files are held out, a clip each. The network is told RT-1's frame rate, and frames
     # are compared at the size at which they were recorded. TFRecord shards are of the arena, a hall
-    # of Doom's in the same layout: see ARENA.
+    # of Doom's in the same layout.
     "csgo": DataSet(
         shards="hdf5_dm_july2021|csgo_arena", files=r"\.hdf5$|\.tfrecord-\d+-of-\d+$",
         expected="hdf5_dm_july2021_*.hdf5 files", image="steps/observation/image",
-        fps=16, told_fps=3, aspect=(150, 280),
-        actions=(("steps/action", CSGO_WIDTH),), context=4, compare_at=(150, 280),
-        protocol=Path(__file__).parent / "episodes" / "csgo_held_out.txt",
-        keys=csgo_keys(), rest=tuple(csgo_action().tolist()), describe=describe_csgo,
-        mouse=((FIRST_X, MOUSE_X), (FIRST_Y, MOUSE_Y))),
+        actions=(("steps/action", csgo.WIDTH),), protocol=csgo.PROTOCOL, details=csgo.details,
+        fps=16, conditioning_fps=3, aspect=(150, 280), context_frames=4, compare_at=(150, 280),
+        world=ARENA_WORLD, keys=csgo.KEYS, rest=csgo.REST, mouse=csgo.MOUSE,
+        describe=csgo.describe),
     # Your own: what is not said here is read from the files (episodes/own.py).
     "folder": DataSet(
-        files=r"^actions\.npy$|\.npz$", standardise=True,
+        files=r"^actions\.npy$|\.npz$", standardise=True, details=describe_folder,
         expected="folders of pictures with an actions.npy, or .npz files (image, action)"),
 }
-
-
-# What `bundled/record_arena.py` records differs from CS:GO in this.
-ARENA = {"fps": 9, "told_fps": None, "aspect": (64, 80), "compare_at": None,
-         "keys": arena_keys(), "mouse": ARENA_MOUSE}
 
 
 def describe_action(dataset: DataSet, action: np.ndarray) -> str:
@@ -174,11 +169,8 @@ class Episode:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Frames start .. stop-1, uint8 [T, H, W, 3], and their actions float32 [T, A]."""
         images, actions = self.open(start, stop)
-        try:
-            with reading(self.path):
-                return decode_all(images), actions
-        except DataError as error:
-            raise DataError(f"episode {self.name} is damaged: {error}") from None
+        with self.named():
+            return decode_all(images), actions
 
     def feature(self, name: str) -> np.ndarray:
         """Another feature of the episode, [T, ...]. Raises DataError if it is not there."""
@@ -190,18 +182,24 @@ class Episode:
         return tfrecord.read_text(self.path, self.offset, self.size, name)
 
     def open(self, start: int, stop: int) -> tuple[Iterable, np.ndarray]:
-        """The pictures as they are stored, to be read one by one, and the actions."""
+        """The pictures as they are stored, to be read one by one, and the actions [T, A]."""
         dataset = self.dataset
-        try:
-            with reading(self.path):
-                images, actions = format_of(self.path).read(
-                    self.path, self.offset, self.size, dataset.image, dataset.actions, start, stop)
+        with self.named():
+            images, actions = format_of(self.path).read(
+                self.path, self.offset, self.size, dataset.image, dataset.actions, start, stop)
             if actions.shape[1] != dataset.action_dim:
                 raise DataError(f"its actions have {actions.shape[1]} numbers, not "
                                 f"{dataset.action_dim}")
             if not np.isfinite(actions).all():
                 raise DataError("an action is not a finite number")
             return images, actions
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """What goes wrong in the block is a DataError with the episode's name."""
+        try:
+            with reading(self.path):
+                yield
         except DataError as error:
             raise DataError(f"episode {self.name} is damaged: {error}") from None
 
@@ -251,10 +249,11 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     dataset = DATA_SETS[name]
     root = Path(root or default_root(name))
     listing = list_files(root)
-    if name == "folder":
+    if dataset.needs_root:
         mention_bare(listing)
     paths = find_files(root, listing, dataset.shards, dataset.files, dataset.expected)
-    dataset = as_found(name, root, paths, fps)
+    if dataset.details:
+        dataset = replace(dataset, **dataset.details(root, paths, fps))
     records = load_index(dataset.shards or f"folder-{dataset.action_dim}", root, paths,
                          lambda path: format_of(path).index(
                              path, dataset.image, dataset.actions))
@@ -278,15 +277,6 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     return episodes
 
 
-def as_found(name: str, root: Path, paths: list[Path], fps: float | None) -> DataSet:
-    """The entry of a data set, with what only its files can say."""
-    if name == "folder":
-        return replace(DATA_SETS[name], **describe_folder(root, paths, fps))
-    if name == "csgo" and paths[0].suffix != ".hdf5":
-        return replace(DATA_SETS[name], **ARENA)
-    return DATA_SETS[name]
-
-
 def complain(episode: Episode) -> str:
     """What is wrong with an episode that the index calls damaged."""
     try:
@@ -296,10 +286,15 @@ def complain(episode: Episode) -> str:
     return f"episode {episode.name} is damaged"
 
 
+def bundled_world(name: str | None) -> Path:
+    """The bundled world that takes a data set's actions; the robot's, if none is named."""
+    return DATA_SETS[name].world if name else TINY_WORLD
+
+
 def default_root(name: str) -> Path:
     """`datasets/` if it holds shards of this data set, or else the bundled samples if they do."""
-    if name == "folder":
-        raise DataError("--data folder needs the folder of your episodes: name it with --root")
+    if DATA_SETS[name].needs_root:
+        raise DataError(f"--data {name} needs the folder of your episodes: name it with --root")
     for root in (Path("datasets"), SAMPLES):
         if any(re.match(DATA_SETS[name].shards, path.name) for path in root.rglob("*")):
             return root
@@ -325,18 +320,6 @@ def action_statistics(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
     if not count:
         raise DataError("the actions of no episode can be read")
     return mean, np.sqrt(scatter / count)
-
-
-def as_compared(frames: np.ndarray, dataset: DataSet) -> np.ndarray:
-    """Frames uint8 [..., H, W, 3] of a model, as the published figures compare them: with the bars
-    for RT-1; for CS:GO without, and at the size at which they were recorded."""
-    if not dataset.compare_at:
-        return frames
-    frames = cut_bars(frames, dataset.aspect)
-    pixels = torch.from_numpy(frames.reshape(-1, *frames.shape[-3:])).movedim(-1, 1).float()
-    small = torch.nn.functional.interpolate(pixels, dataset.compare_at, mode="bilinear")
-    small = small.round().to(torch.uint8).movedim(1, -1).numpy()
-    return small.reshape(*frames.shape[:-3], *small.shape[1:])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -41,33 +41,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from action_guidance import guide
-from data import (
-    DATA_SETS,
-    SAMPLES,
-    DataSet,
-    Episodes,
-    as_compared,
-    default_root,
-    describe_action,
-    fit_frames,
-    open_episodes,
-)
+from data import (DATA_SETS, SAMPLES, DataSet, Episodes, bundled_world, default_root,
+                  describe_action, fit_frames, open_episodes)
 from diffusion_forcing import LEVELS, rollout_levels
+from episodes.frames import for_metrics
 from episodes.npz import read_npy
 from model.device import best_device
 from model.memory import keep_freed_memory
-from model.saving import (
-    ARENA_WORLD,
-    TINY_WORLD,
-    bundled_world,
-    load_world_model,
-    readable_path,
-)
+from model.saving import ARENA_WORLD, TINY_WORLD, load_world_model, readable_path
 from model.vid2world import Model, to_frames, to_pixels
 from support.errors import CheckpointError, DataError, RequestError
-from support.options import command, option, parse
-from support.pictures import save_gif, save_strip
-from support.psnr import psnr
+from support.options import option, program
+from support.pictures import psnr, save_gif, save_strip
 from support.schema import conform
 from temporal.streaming import Cache
 from unet import Context
@@ -385,15 +370,16 @@ def load_world(checkpoint: str | Path, device: str | torch.device | None = None,
     return WorldModel(load_world_model(checkpoint).to(device or best_device()), **options)
 
 
-def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context: int = 1
+def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context_frames: int = 1
             ) -> np.ndarray:
-    """Imagine an episode: the first `context` frames are given, then one frame per action.
+    """Imagine an episode: the first `context_frames` frames are given, then one frame per action.
 
-    frames [≥ context, H, W, 3], actions [T - 1, A]; returns uint8 [T, H, W, 3] at the model's size.
+    frames [at least these, H, W, 3], actions [T - 1, A]; returns uint8 [T, H, W, 3] at the model's
+    size.
     """
-    world.reset(frames[:context], actions[: context - 1])
+    world.reset(frames[:context_frames], actions[: context_frames - 1])
     given = list(to_frames(world.window.pixels)[0])
-    bar = tqdm(actions[context - 1 :], unit="frame", leave=False, disable=None)
+    bar = tqdm(actions[context_frames - 1 :], unit="frame", leave=False, disable=None)
     return np.stack(given + [world.step(action) for action in bar])
 
 
@@ -408,7 +394,7 @@ class Settings:
     data: str | None = option(None, "data set", choices=DATA_SETS)
     root: str | None = option(None, "its folder")
     episode: int = option(0, "which held-out episode", least=0)
-    context: int | None = option(None, "frames given at the start", type=int)
+    context_frames: int | None = option(None, "frames given at the start", type=int)
     frames: int = option(16, "frames in all, given ones included")
     actions: str | None = option(None, ".npy file [N, A] of actions from the last given frame on")
     repeat_action: list[float] | None = option(
@@ -424,21 +410,21 @@ class Settings:
     out: str = option("rollouts", "folder for the pictures")
 
 
-def choose_actions(settings: Settings, recorded: np.ndarray, context: int
+def choose_actions(settings: Settings, recorded: np.ndarray, context_frames: int
                    ) -> tuple[np.ndarray, str]:
     """The actions [T - 1, A] to take, and where they come from. Given frames keep their own."""
-    new = settings.frames - context
+    new = settings.frames - context_frames
     if settings.actions is not None:
         future, origin = to_numbers(read_npy(settings.actions)), settings.actions
     elif settings.repeat_action is not None:
-        action = to_numbers(settings.repeat_action or recorded[context - 1])
+        action = to_numbers(settings.repeat_action or recorded[context_frames - 1])
         future, origin = np.repeat(action[None], new, axis=0), "one action, repeated"
     else:
-        future, origin = recorded[context - 1 : -1], "the episode's"
+        future, origin = recorded[context_frames - 1 : -1], "the episode's"
     if future.ndim != 2 or future.shape[1] != recorded.shape[1] or not len(future):
         raise DataError(f"the actions are {list(future.shape)}; expected [N, {recorded.shape[1]}], "
                         "a row for every new frame")
-    return np.concatenate([recorded[: context - 1], future[:new]]), origin
+    return np.concatenate([recorded[: context_frames - 1], future[:new]]), origin
 
 
 def open_data(settings: Settings, model: Model) -> tuple[str, Episodes]:
@@ -490,24 +476,26 @@ def run(settings: Settings) -> None:
         raise DataError(f"there is no episode {settings.episode}; 0 to {len(episodes) - 1} are "
                         "held out")
     episode = episodes[settings.episode]
-    context = dataset.context if settings.context is None else settings.context
+    context_frames = settings.context_frames or dataset.context_frames
     most = min(settings.frames, episode.length) - 1
-    if not 1 <= context <= most:
-        raise DataError(f"context is {context}; it must be between 1 and {most}, to leave a frame "
-                        f"to imagine (--frames {settings.frames}, the episode {episode.length})")
+    if not 1 <= context_frames <= most:
+        raise DataError(f"--context-frames is {context_frames}; it must be between 1 and {most}, "
+                        f"to leave a frame to predict (--frames {settings.frames}, the episode "
+                        f"{episode.length})")
     frames, recorded = episode.read(0, episode.length)
-    actions, origin = choose_actions(settings, recorded, context)
+    actions, origin = choose_actions(settings, recorded, context_frames)
     print(f"episode {episode.name}, {len(actions) + 1} frames, actions: {origin}; {world.sampling}")
 
-    imagined = rollout(world, frames, actions, context)
+    imagined = rollout(world, frames, actions, context_frames)
     rows = {"imagined": imagined}
     if origin == "the episode's":
         truth = fit_frames(frames[: len(imagined)], *config.size, config.fit)
         rows = {"truth": truth} | rows
-        ours, theirs = as_compared(imagined, dataset), as_compared(truth, dataset)
-        repeating = psnr(theirs[context - 1 : context], theirs)[context:]
-        ours = psnr(ours, theirs)[context:]
-        for t, (db, baseline) in enumerate(zip(ours, repeating, strict=True), start=context):
+        ours, theirs = (for_metrics(clip, dataset.aspect, dataset.compare_at)
+                        for clip in (imagined, truth))
+        repeating = psnr(theirs[context_frames - 1 : context_frames], theirs)[context_frames:]
+        ours = psnr(ours, theirs)[context_frames:]
+        for t, (db, baseline) in enumerate(zip(ours, repeating, strict=True), start=context_frames):
             print(f"frame {t:3d}   PSNR {db:5.2f} dB   (repeating the last given: {baseline:5.2f})")
         print(f"mean of {len(ours)} imagined frames: {ours.mean():.2f} dB (repeating: "
               f"{repeating.mean():.2f})")
@@ -515,18 +503,16 @@ def run(settings: Settings) -> None:
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{name}_val{settings.episode}_guidance{world.sampling.guidance:g}"
-    taken = [describe_action(dataset, action) for action in actions[context - 1 :]]
-    captions = [""] * context + taken  # what led to each frame
+    taken = [describe_action(dataset, action) for action in actions[context_frames - 1 :]]
+    captions = [""] * context_frames + taken  # what led to each frame
     save_strip(f"{stem}.png", rows, captions=captions)
     save_gif(f"{stem}.gif", rows, dataset.fps, captions)
     print(f"pictures: {stem}.png, {stem}.gif")
 
 
-def main(argv: list[str] | None = None) -> int:
-    words = ("Roll a world model out on an episode's actions or others. What is left out comes "
-             "from the checkpoint or the data set. To drive a world: python -m play")
-    return command("sample.py", lambda: run(parse(Settings, words, argv)))
-
+main = program("sample.py", run, Settings, "Roll a world model out on an episode's actions or "
+               "others. What is left out comes from the checkpoint or the data set. To drive a "
+               "world: python -m play")
 
 if __name__ == "__main__":
     sys.exit(main())

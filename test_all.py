@@ -43,56 +43,24 @@ from dynamicrafter.checkpoint import read_checkpoint
 from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowerConfig, preprocess
 from dynamicrafter.layers import sinusoidal_embedding
 from dynamicrafter.resampler import Resampler, ResamplerConfig
-from episodes.tfrecord import (
-    encode_example,
-    write_records,
-)
-from evaluation.nar import imagine_together
+from episodes.tfrecord import (encode_example, write_records)
+from evaluation.nar import sample_jointly
 from model import saving
 from model.memory import recompute_activations
-from model.saving import (
-    TINY_BASE,
-    TINY_WORLD,
-    from_dynamicrafter,
-    from_vid2world,
-    load_model,
-    preset_of,
-)
+from model.saving import (TINY_BASE, TINY_WORLD, from_dynamicrafter, from_vid2world, load_model,
+                          preset_of)
 from model.vid2world import PRESETS, TUNED_SAMPLING, Model, ModelConfig
 from sample import Sampling, WorldModel
 from support.errors import CheckpointError, RequestError
 from temporal.norm import TemporalNorm, past_by_definition
 from temporal.streaming import Cache
 from testing.commands import folder, raises, refused, run_command
-from testing.episodes import (
-    encode_jpeg,
-    make_episode,
-    make_rt1,
-)
-from testing.golden import (
-    error_of,
-    full_size_parts,
-    golden,
-    names_of,
-    network_inputs,
-    recipe,
-    released_names,
-    with_recipe,
-)
-from testing.worlds import (
-    SMALL,
-    WORLD,
-    Exploit,
-    causal_network,
-    losses,
-    passes_of,
-    small_checkpoint,
-    small_episode,
-    small_preset,
-    small_world,
-    train_words,
-    write_safetensors,
-)
+from testing.episodes import (encode_jpeg, make_episode, make_rt1)
+from testing.golden import (error_of, full_size_parts, golden, names_of, network_inputs, recipe,
+                            released_names, with_recipe)
+from testing.worlds import (SMALL, WORLD, Exploit, causal_network, losses, passes_of,
+                            small_checkpoint, small_episode, small_preset, small_world, train_words,
+                            write_safetensors)
 from training.recorder import Recorder
 from training.settings import Settings, parse_arguments
 from unet import UNet, UNetConfig, load_dynamicrafter, load_vid2world
@@ -656,7 +624,7 @@ def test_guidance_exaggerates_and_rescale_restores_the_contrast():
 def test_the_same_seed_gives_the_same_world():
     frames, actions = small_episode(3)
     def roll(world: WorldModel) -> np.ndarray:
-        return sample.rollout(world, frames, actions, context=2)
+        return sample.rollout(world, frames, actions, context_frames=2)
     world = small_world(seed=1, steps=2)
     first = roll(world)
     assert np.array_equal(roll(small_world(seed=1, steps=2)), first)
@@ -939,11 +907,11 @@ def test_sampling_all_frames_together_hides_every_action():
     world = small_world()
     passes = passes_of(world)
     frames, actions = small_episode(4)
-    assert imagine_together(world, frames, actions[:3]).shape == (4, 16, 16, 3)
+    assert sample_jointly(world, frames, actions[:3]).shape == (4, 16, 16, 3)
     assert [mask.unique().tolist() for _, _, mask in passes] == [[1], [0]] * 3
     assert all(k.unique().numel() == 1 and mask.shape == (1, 4) for _, k, mask in passes)
     with raises(RequestError, "6 frames do not fit into one window of 4"):
-        imagine_together(world, frames, np.zeros((5, 13)))
+        sample_jointly(world, frames, np.zeros((5, 13)))
 
 
 def test_impossible_requests_are_refused_and_leave_the_world_as_it_was():
@@ -986,7 +954,7 @@ def test_sampling_together_leaves_the_world_as_it_was():
     for each in (world, undisturbed):
         each.reset(frames[:1])
         each.step(actions[0])
-    imagine_together(world, frames, actions[:3])
+    sample_jointly(world, frames, actions[:3])
     assert np.array_equal(world.step(actions[1]), undisturbed.step(actions[1]))
 
 
@@ -1015,7 +983,7 @@ def test_given_frames_came_by_their_own_actions():
     recorded = np.arange(8.0, dtype=np.float32)[:, None].repeat(2, axis=1)
     def chosen(**words) -> list[float]:
         settings = sample.Settings(frames=6, **words)
-        return sample.choose_actions(settings, recorded, context=3)[0][:, 0].tolist()
+        return sample.choose_actions(settings, recorded, context_frames=3)[0][:, 0].tolist()
     assert chosen() == [0, 1, 2, 3, 4]
     assert chosen(repeat_action=[9, 9]) == [0, 1, 9, 9, 9]
     assert chosen(repeat_action=[]) == [0, 1, 2, 2, 2]

@@ -41,13 +41,8 @@ from model.memory import halve_frozen, keep_freed_memory
 from model.vid2world import Model, to_pixels
 from support.errors import CheckpointError, reading, require_finite
 from support.options import command
-from training.processes import (
-    across_processes,
-    ignore_signals,
-    join_processes,
-    leave_processes,
-    stop_on_signals,
-)
+from training.processes import (across_processes, ignore_signals, join_processes, leave_processes,
+                                stop_on_signals)
 from training.recorder import Recorder
 from training.settings import Settings, parse_arguments
 from training.sharding import ShardedAdamW, clip_gradients, shard

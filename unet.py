@@ -42,16 +42,8 @@ from action_guidance import MultiHotEmbedding, action_embedding
 from causal_attention import Attention, PointwiseConv1d, TemporalTransformer
 from causal_conv import TemporalConv, TemporalConvBlock, transfer_weights
 from dynamicrafter.checkpoint import UNET, load_weights, read_lightning, select
-from dynamicrafter.layers import (
-    CrossAttention,
-    Downsample,
-    FeedForward,
-    HeightCausalConv2d,
-    InputConv,
-    Upsample,
-    sinusoidal_embedding,
-    zero_init,
-)
+from dynamicrafter.layers import (CrossAttention, Downsample, FeedForward, HeightCausalConv2d,
+                                  InputConv, Upsample, sinusoidal_embedding, zero_init)
 from support.errors import CheckpointError
 from temporal.norm import NORM_SCOPES
 from temporal.streaming import Cache
@@ -185,8 +177,7 @@ class UNet(nn.Module):
                 nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         elif config.action_dim:
             self.action_emb_preprocess = nn.Identity()
-            self.action_emb_proj = action_embedding(config.action_dim, width,
-                                                    config.action_init)
+            self.action_emb_proj = action_embedding(config.action_dim, width, config.action_init)
 
         def temporal(channels: int, heads: int | None = None, **options) -> TemporalTransformer:
             return TemporalTransformer(channels, heads or channels // config.head_channels,

@@ -9,8 +9,8 @@ neither a rollout nor guidance:
     embedding of frame t = time(k) + fps + Linear(SiLU(Linear(action that led to t)))
 """
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -42,11 +42,7 @@ def build(settings: Settings, dataset: DataSet) -> ActionModel:
 
 
 RECIPE = Recipe(build, ActionModel)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return train_baseline(RECIPE, argv)
-
+main = partial(train_baseline, RECIPE)
 
 if __name__ == "__main__":
     sys.exit(main())

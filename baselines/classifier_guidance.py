@@ -16,8 +16,9 @@ action is in one of three bins, below zero, about it, and above. Pure noise is n
 """
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class ClassifierTraining(nn.Module):
 
 
 def towards_actions(model: ClassifiedModel, weight: float) -> Callable[..., Velocity]:
-    """What `imagine_clips` takes to `steer`: the velocity, corrected by the classifier."""
+    """What `sample_clips` takes to `steer`: the velocity, corrected by the classifier."""
     def steer(velocity: Velocity, anchor: Tensor, context: dict, actions: Tensor) -> Velocity:
         def corrected(x: Tensor, k: Tensor) -> Tensor:
             v, (alpha, _) = velocity(x, k), model.schedule.coefficients(k, x)
@@ -140,11 +141,7 @@ def build(settings: Settings, dataset: DataSet) -> ClassifiedModel:
 
 
 RECIPE = Recipe(build, ClassifiedModel, ClassifierTraining)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return train_baseline(RECIPE, argv)
-
+main = partial(train_baseline, RECIPE)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,8 +31,7 @@ def base_of(settings: Settings, dataset: DataSet) -> Model:
     if not settings.base:
         raise RequestError("a baseline starts from a passive model: name it with --base")
     config: ModelConfig = PRESETS[settings.preset]
-    unet = replace(config.unet, default_fps=dataset.network_fps,
-                   action_init=settings.action_init)
+    unet = replace(config.unet, default_fps=dataset.network_fps, action_init=settings.action_init)
     config = replace(config, unet=unet, size=tuple(settings.size), fit=dataset.fit)
     torch.manual_seed(settings.seed)
     return from_dynamicrafter(settings.base, config)
@@ -62,7 +61,7 @@ def train_baseline(recipe: Recipe | Callable[[Settings], Recipe],
 
 
 @torch.no_grad()  # and not inference_mode: a classifier asks for gradients on the way
-def imagine_clips(model: Model, frames: np.ndarray, actions: np.ndarray, steps: int = 10,
+def sample_clips(model: Model, frames: np.ndarray, actions: np.ndarray, steps: int = 10,
                   eta: float = 0.0, seed: int = 0,
                   steer: Callable[..., Velocity] | None = None) -> np.ndarray:
     """Clips side by side, all frames together: uint8 [B, T, H, W, 3] from first frames

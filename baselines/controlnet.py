@@ -14,8 +14,8 @@ Before the first step the sum is the base's own output, exactly.
 """
 import copy
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,7 @@ class Copy(nn.Module):
         for name in ("time_embed", "fps_embedding", "input_blocks", "init_attn", "middle_block"):
             setattr(self, name, copy.deepcopy(getattr(base, name)))
         config = base.config
-        self.action_emb = action_embedding(action_dim, config.model_channels,
-                                           config.action_init)
+        self.action_emb = action_embedding(action_dim, config.model_channels, config.action_init)
         widths = [config.model_channels]  # of the skip connections
         for level, multiplier in enumerate(config.channel_mult):
             widths += [multiplier * config.model_channels] * config.num_res_blocks
@@ -103,11 +102,7 @@ def build(settings: Settings, dataset: DataSet) -> ControlledModel:
 
 
 RECIPE = Recipe(build, ControlledModel)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return train_baseline(RECIPE, argv)
-
+main = partial(train_baseline, RECIPE)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,32 +1,31 @@
 """Steering by words: a caption of what the robot does, through the cross-attention that is there.
 
     python -m baselines.language_finetuning --data rt1 --out runs/language
-    python -m baselines.language_finetuning --data rt1 --root … --base model.ckpt \\
-        --vocabulary bpe_simple_vocab_16e6.txt.gz
+    python -m baselines.language_finetuning --data rt1 --root … --base model.ckpt
+        (at full size captions need CLIP's tokenizer: pip install open_clip_torch)
 
 DynamiCrafter reads a caption at every frame. So nothing is added: "Robot arm performs the task:
-open the drawer." takes the place of the empty caption, and all of the U-Net learns. RT-1 says in
-words what its robot was told; the bundled drawer's episodes do not, so their captions say what the
+open the drawer." takes the place of the empty caption, and all of the U-Net is trained. RT-1 has
+instructions in words; the bundled drawer's episodes have none, so their captions say what the
 recorded motion was: "right, up, closes". At full size CLIP's text tower reads them; the small model
 learns a table of words.
 
-To `train.py`'s loop a caption is an action like any other: a row of numbers of words, the same at
+To `train.py`'s loop a caption is an action like any other: a row of token numbers, the same at
 every frame.
 """
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
 
 from baselines.clips import adopt, base_of, train_baseline
-from baselines.tokenizer import LENGTH, Tokenizer
 from data import DataSet, Episode, Episodes
 from dynamicrafter.checkpoint import load_part, read_lightning
 from dynamicrafter.clip import TextTower
-from model.vid2world import Model, ModelConfig
+from model.vid2world import PRESETS, Model, ModelConfig
 from support.errors import RequestError
 from training.settings import Settings
 from training.start import Recipe
@@ -36,6 +35,7 @@ PREFIX = "Robot arm performs the task: "
 WORDS = ("", "left", "right", "near", "far", "down", "up", "opens", "closes")
 AXES = ((10, "left", "right"), (11, "near", "far"), (12, "down", "up"), (3, "opens", "closes"))
 MOST = 4  # words of a motion
+LENGTH = 77  # tokens of CLIP
 
 
 def describe_motion(actions: np.ndarray) -> list[str]:
@@ -50,10 +50,20 @@ def word_numbers(words: Sequence[str]) -> np.ndarray:
     return np.array(numbers + [0] * (MOST - len(numbers)), np.float32)
 
 
+def clip_tokens(caption: str) -> np.ndarray:
+    """[LENGTH] token numbers of CLIP, zeros behind them. Raises RequestError without open_clip."""
+    try:
+        import open_clip
+    except ImportError:
+        raise RequestError("captions at full size need CLIP's tokenizer: pip install "
+                           "open_clip_torch") from None
+    return open_clip.tokenize([caption], context_length=LENGTH)[0].numpy()
+
+
 @dataclass(frozen=True)
 class Captioned(Episode):
     """An episode whose actions are its caption."""
-    tokenizer: Tokenizer | None = None
+    tokenizer: Callable[[str], np.ndarray] | None = None
 
     def open(self, start: int, stop: int) -> tuple:
         images, actions = super().open(start, stop)
@@ -67,7 +77,7 @@ class Captioned(Episode):
 class CaptionedEpisodes(Episodes):
     """Episodes with a caption, of the drawer's motion or, with a tokenizer, of RT-1's words."""
 
-    def __init__(self, episodes: Episodes, tokenizer: Tokenizer | None = None):
+    def __init__(self, episodes: Episodes, tokenizer: Callable[[str], np.ndarray] | None = None):
         super().__init__(episodes.dataset, episodes.paths, episodes.records, episodes.short,
                          episodes.damaged, episodes.complaints)
         self.tokenizer = tokenizer
@@ -116,25 +126,14 @@ def build(settings: Settings, dataset: DataSet) -> LanguageModel:
     return model
 
 
-def recipe(vocabulary: str | None = None) -> Recipe:
-    tokenizer = Tokenizer(vocabulary) if vocabulary else None
+def recipe(small: bool = True) -> Recipe:
+    """Captions of the motion for a small model, RT-1's instructions for a full-size one."""
+    tokenizer = None if small else clip_tokens
     return Recipe(build, LanguageModel,
                   wrap_episodes=lambda episodes: CaptionedEpisodes(episodes, tokenizer))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--vocabulary", help="CLIP's list of merges, at full size")
-    ours, others = parser.parse_known_args(argv)
-
-    def chosen(settings: Settings) -> Recipe:
-        if (settings.preset != "tiny") != bool(ours.vocabulary):
-            raise RequestError("a full-size model reads through CLIP's vocabulary (--vocabulary "
-                               "bpe_simple_vocab_16e6.txt.gz), and a small one has no use for it")
-        return recipe(ours.vocabulary)
-
-    return train_baseline(chosen, others)
-
+main = partial(train_baseline, lambda settings: recipe(PRESETS[settings.preset].small))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,23 +12,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from baselines.diamond import PAST, STEPS, Diamond, DiamondConfig, DiamondWorld, loss_of
-from data import (
-    DATA_SETS,
-    Clips,
-    Episodes,
-    collate,
-    default_root,
-    fit_frames,
-    open_episodes,
-    require_clips,
-)
+from data import (DATA_SETS, Clips, Episodes, collate, default_root, fit_frames, open_episodes,
+                  require_clips)
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from model.saving import save
 from model.vid2world import to_pixels
 from support.errors import CheckpointError, RequestError, reading, require_finite
-from support.options import argument, command, option, parse
-from support.pictures import save_strip
-from support.psnr import psnr
+from support.options import argument, option, program
+from support.pictures import psnr, save_strip
 from support.schema import conform
 
 
@@ -105,7 +96,7 @@ def load_diamond(path: str | Path) -> Diamond:
         return load_weights(network, content["weights"], str(path))
 
 
-def imagine(network: Diamond, episodes: Episodes, chosen: Sequence[int], length: int,
+def rollout_diamond(network: Diamond, episodes: Episodes, chosen: Sequence[int], length: int,
             steps: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Episodes side by side: imagined and true frames, uint8 [B, length, H, W, 3] each; the first
     four are given."""
@@ -124,7 +115,7 @@ def sample(settings: Settings) -> None:
     if episodes.dataset.action_dim != network.config.action_dim:
         raise RequestError(f"{settings.data} has actions of {episodes.dataset.action_dim} numbers, "
                            f"but this network takes {network.config.action_dim}")
-    imagined, truth = imagine(network, episodes, [settings.episode], settings.frames,
+    imagined, truth = rollout_diamond(network, episodes, [settings.episode], settings.frames,
                               STEPS[settings.sampling], settings.seed)
     ours = psnr(imagined[0, PAST:], truth[0, PAST:]).mean()
     repeating = psnr(truth[0, PAST - 1 : PAST], truth[0, PAST:]).mean()
@@ -134,10 +125,11 @@ def sample(settings: Settings) -> None:
     print(f"{settings.frames - PAST} frames at {ours:.2f} dB (repeating: {repeating:.2f}), {path}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    settings = parse(Settings, "Train DIAMOND, or roll it out.", argv)
-    work = {"train": train, "sample": sample}[settings.what]
-    return command("train_diamond", lambda: work(settings))
+def run(settings: Settings) -> None:
+    {"train": train, "sample": sample}[settings.what](settings)
+
+
+main = program("train_diamond", run, Settings, "Train DIAMOND, or roll it out.")
 
 
 if __name__ == "__main__":

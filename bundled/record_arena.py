@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from bundled.record_drawer import held, record_files, smooth_noise, to_jpeg
-from episodes.actions import MOUSE_X, csgo_action
+from episodes.csgo import MOUSE_X, csgo_action
 from episodes.tfrecord import encode_example, write_records
 
 HEIGHT, WIDTH = 64, 80

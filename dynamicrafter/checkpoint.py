@@ -9,11 +9,11 @@ does, in full.
 """
 import json
 import os
-import pickle
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from support.errors import CheckpointError, require_regular, stand_in
+from support.errors import CheckpointError, reading, stand_in
 
 UNET = "model.diffusion_model."  # a checkpoint's name for the U-Net
 SMALL = 256 * 2**20  # bytes: a file up to this size is checked at every reading, and copied
@@ -35,36 +35,33 @@ def read_checkpoint(path: str | Path) -> dict:
     and plain values.
     """
     path = Path(path)
-    try:
-        require_regular(path, CheckpointError)
-        with open(path, "rb") as file:
-            start = file.read(9)
-            if path.suffix == ".safetensors" or start[8:9] == b"{":
-                return {"state_dict": own_memory(path, read_safetensors(path, file))}
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint at {path}") from None
-    except IsADirectoryError:
-        raise CheckpointError(
-            f"{path} is a folder without a checkpoint.pt; name a checkpoint file") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder without a checkpoint.pt; name a checkpoint file")
+    with reading(path, CheckpointError), open(path, "rb") as file:
+        start = file.read(9)
+        if path.suffix == ".safetensors" or start[8:9] == b"{":
+            return {"state_dict": own_memory(path, read_safetensors(path, file))}
     if start[:2] != b"PK":
-        raise CheckpointError(explain_other_format(path, start))
+        fault = stand_in(path) or "is no PyTorch checkpoint and no .safetensors file"
+        if start[:1] == b"\x80":  # a pickle without an archive around it: PyTorch before 1.6
+            fault = ("is of PyTorch's old format or a bare pickle: load it with torch and save it "
+                     "again")
+        raise CheckpointError(f"{path} {fault if start else 'is empty: fetch it again'}")
     check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        check_storages(path, content)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError:
+        with reading(path, CheckpointError):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            check_storages(path, content)
+    except CheckpointError as error:
+        if "UnpicklingError" not in str(error):
+            raise
         raise CheckpointError(
             f"{path} holds more than tensors and plain values (a Lightning file keeps its "
             "callbacks, for instance); unpickling it would execute code from the file, so it is "
             "refused: on a machine where you trust it, load it with torch and save "
             "{'state_dict': …} alone") from None
-    except Exception as error:  # a damaged file that passes its checksums can raise almost anything
-        raise CheckpointError(explain(path, error)) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary")
     return own_memory(path, content)
@@ -113,30 +110,13 @@ def own_memory(path: Path, content: dict) -> dict:
     return map_tensors(lambda _, tensor: tensor.clone(), content) if small else content
 
 
-def explain(path: Path, error: Exception) -> str:
-    """One sentence for whatever went wrong while a file was parsed."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    if isinstance(error, MemoryError) or "memory" in reason.lower():
-        return f"there is not enough address space to map {path} ({reason})"
-    return f"{path} is damaged, or no checkpoint ({reason}): fetch it again"
-
-
-def explain_other_format(path: Path, start: bytes) -> str:
-    if not start:
-        return f"{path} is empty: fetch it again"
-    if start[:1] == b"\x80":  # a pickle without an archive around it: PyTorch before 1.6
-        return (f"{path} is of PyTorch's old format or a bare pickle: load it with torch and save "
-                "it again")
-    return f"{path} {stand_in(path) or 'is no PyTorch checkpoint and no .safetensors file'}"
-
-
 def check_archive(path: Path) -> None:
     """Compare every member of an archive with its checksum. Raises CheckpointError."""
     verified = remembered_checks(path)
     if verified is not None and verified.exists():
         return
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading(path, CheckpointError), zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             size = sum(member.file_size for member in members)
             with tqdm(total=size, unit="B", unit_scale=True, desc="checking",
@@ -145,20 +125,14 @@ def check_archive(path: Path) -> None:
                     with archive.open(member) as file:  # which compares the checksum at its end
                         while chunk := file.read(2**20):
                             bar.update(len(chunk))
-    except PermissionError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except zipfile.BadZipFile as error:
+    except CheckpointError as error:
         words = "a checksum does not match" if "CRC" in str(error) else "it is truncated"
+        words = words if "BadZipFile" in str(error) else str(error).removeprefix(f"{path} ")
         raise CheckpointError(f"{path} is damaged: {words}; fetch it again") from None
-    except Exception as error:  # damaged headers make zipfile raise almost anything
-        raise CheckpointError(
-            f"{path} is damaged ({type(error).__name__}); fetch it again") from None
     if verified is not None:
-        try:
+        with suppress(OSError):  # then it will be checked again
             verified.parent.mkdir(parents=True, exist_ok=True)
             verified.touch()
-        except OSError:
-            pass  # it will be checked again
 
 
 def remembered_checks(path: Path) -> Path | None:
@@ -181,38 +155,33 @@ def read_safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     """The tensors of a .safetensors file that is open, left on disk.
 
     The format is 8 bytes with the length of the header, the header (JSON), the data. It has no
-    checksums, so only the header can be checked. Raises CheckpointError for a damaged file.
+    checksums, so only the header can be checked.
     """
-    try:
-        file.seek(0)
-        length, = struct.unpack("<Q", file.read(8))
-        if length > min(path.stat().st_size - 8, 100 * 2**20):
-            raise ValueError("its header is longer than the file")
-        header = json.loads(file.read(length))
-        data = torch.from_file(str(path), shared=False, size=path.stat().st_size,
-                               dtype=torch.uint8)[8 + length :]
-        tensors, end_of_data = {}, 0
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            tensor = data[start:end]
-            if not 0 <= start <= end <= len(data):
-                raise ValueError("it is truncated")
-            if entry["dtype"] not in SAFETENSORS_TYPES:
-                raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']!r:.20}; read "
-                                      f"are {', '.join(SAFETENSORS_TYPES)}")
-            dtype = SAFETENSORS_TYPES[entry["dtype"]]
-            if (8 + length + start) % dtype.itemsize:
-                tensor = tensor.clone()  # a view needs an aligned start
-            tensors[name] = tensor.view(dtype).view(entry["shape"])
-            end_of_data = max(end_of_data, end)
-        if end_of_data != len(data):
+    file.seek(0)
+    length, = struct.unpack("<Q", file.read(8))
+    if length > min(path.stat().st_size - 8, 100 * 2**20):
+        raise ValueError("its header is longer than the file")
+    header = json.loads(file.read(length))
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size,
+                           dtype=torch.uint8)[8 + length :]
+    tensors, end_of_data = {}, 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        tensor = data[start:end]
+        if not 0 <= start <= end <= len(data):
             raise ValueError("it is truncated")
-    except CheckpointError:
-        raise
-    except Exception as error:  # a header is foreign JSON: anything may be wrong with it
-        raise CheckpointError(explain(path, error)) from None
+        if entry["dtype"] not in SAFETENSORS_TYPES:
+            raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']!r:.20}; read are "
+                                  f"{', '.join(SAFETENSORS_TYPES)}")
+        dtype = SAFETENSORS_TYPES[entry["dtype"]]
+        if (8 + length + start) % dtype.itemsize:
+            tensor = tensor.clone()  # a view needs an aligned start
+        tensors[name] = tensor.view(dtype).view(entry["shape"])
+        end_of_data = max(end_of_data, end)
+    if end_of_data != len(data):
+        raise ValueError("it is truncated")
     return tensors
 
 

@@ -1,5 +1,7 @@
 """Frames at the size of a model: fitted to it, cut free again, and varied for training."""
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 
 
@@ -40,6 +42,19 @@ def cut_bars(frames: np.ndarray, aspect: tuple[int, int]) -> np.ndarray:
     rows, columns = fitted_size(aspect, H, W)
     top, left = (H - rows) // 2, (W - columns) // 2
     return frames[..., top : top + rows, left : left + columns, :]
+
+
+def for_metrics(frames: np.ndarray, aspect: tuple[int, int], compare_at: tuple[int, int] | None
+                ) -> np.ndarray:
+    """Frames uint8 [..., H, W, 3] of a model, as the published figures compare them: with the bars
+    for RT-1; for CS:GO without, and at the size at which they were recorded, `compare_at`."""
+    if not compare_at:
+        return frames
+    frames = cut_bars(frames, aspect)
+    pixels = torch.from_numpy(frames.reshape(-1, *frames.shape[-3:])).movedim(-1, 1).float()
+    small = F.interpolate(pixels, compare_at, mode="bilinear")
+    small = small.round().to(torch.uint8).movedim(1, -1).numpy()
+    return small.reshape(*frames.shape[:-3], *small.shape[1:])
 
 
 def augment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -22,7 +22,7 @@ import numpy as np
 from episodes.video import frames_at, import_av
 from episodes.writing import Source, rows_of, write_episodes
 from support.errors import DataError, UserError, reading
-from support.options import argument, command, option, parse
+from support.options import argument, option, program
 from support.schema import conform
 
 
@@ -104,8 +104,7 @@ def place(src: Path, template: str | None, **values: object) -> Path:
 
 def choose_camera(info: Info, wanted: str | None) -> str:
     """The key of a camera, from the end of its name. Raises DataError."""
-    cameras = [key for key, feature in info.features.items()
-               if feature.dtype in ("video", "image")]
+    cameras = [key for key, feature in info.features.items() if feature.dtype in ("video", "image")]
     if wanted is None and len(cameras) > 1:
         print(f"cameras: {', '.join(cameras)}; taking the first (--camera takes another)")
     chosen = [key for key in cameras if wanted is None or key == wanted
@@ -249,10 +248,8 @@ def convert(settings: Settings) -> None:
     write_episodes(sources, len(episodes), Path(settings.dst), said, origin)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    words = "Convert a LeRobot data set to folders of pictures."
-    return command("from_lerobot", lambda: convert(parse(Settings, words, argv)))
-
+main = program("from_lerobot", convert, Settings, "Convert a LeRobot data set to folders of "
+               "pictures.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ A feature that is not there is answered with the names of those that are. The da
 `data.DATA_SETS` need no conversion.
 """
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from episodes.index import find_files, list_files
-from episodes.tfrecord import (
-    feature_bytes,
-    feature_numbers,
-    parse_example,
-    read_record,
-    walk_records,
-)
+from episodes.tfrecord import (feature_bytes, feature_numbers, parse_example, read_record,
+                               walk_records)
 from episodes.writing import rows_of, write_episodes
 from support.errors import DataError, RequestError, reading
-from support.options import argument, command, option, parse
+from support.options import argument, option, program
 
 
 @dataclass
@@ -97,10 +92,7 @@ def convert(settings: Settings) -> None:
                    {"fps": settings.fps} if settings.fps else {}, origin)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    words = "Convert an RLDS data set to folders of pictures."
-    return command("from_rlds", lambda: convert(parse(Settings, words, argv)))
-
+main = program("from_rlds", convert, Settings, "Convert an RLDS data set to folders of pictures.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ a row for every frame.
 """
 import csv
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from episodes.index import list_files
 from episodes.video import all_frames, frame_rate, frames_at, import_av
 from episodes.writing import write_episodes
 from support.errors import DataError, reading
-from support.options import argument, command, parse
+from support.options import argument, program
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 TIME = "timestamp"
@@ -80,8 +80,7 @@ def read_episode(video: Path, names: list[str]) -> tuple[Iterable, np.ndarray]:
     due = rows[:, column]
     if (np.diff(due) <= 0).any():
         raise DataError(f"the {TIME} column of {table.name} does not rise")
-    return (frames_at(video, due, frame_rate(video), whole=False),
-            np.delete(rows, column, axis=1))
+    return (frames_at(video, due, frame_rate(video), whole=False), np.delete(rows, column, axis=1))
 
 
 def convert(settings: Settings) -> None:
@@ -112,10 +111,8 @@ def read_first(videos: list[Path]) -> tuple[list[str], float]:
     raise DataError("; ".join(complaints[:3]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    words = "Convert videos and tables of actions to folders of pictures."
-    return command("from_video", lambda: convert(parse(Settings, words, argv)))
-
+main = program("from_video", convert, Settings, "Convert videos and tables of actions to folders "
+               "of pictures.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -42,8 +42,7 @@ def list_files(root: Path) -> Listing:
     return listing
 
 
-def find_files(root: Path, listing: Listing, prefix: str, wanted: str, expected: str
-               ) -> list[Path]:
+def find_files(root: Path, listing: Listing, prefix: str, wanted: str, expected: str) -> list[Path]:
     """The files of a data set among those listed.
 
     prefix    regular expression for how the names of its shards begin

@@ -28,7 +28,7 @@ from evaluation.kept import decisive, kept, require_same
 from model.saving import TINY_BASE, preset_of
 from sample import load_world
 from support.errors import DataError
-from support.options import command, option, parse
+from support.options import option, program
 from support.pictures import save_curves
 from training import settings as training
 from training.start import Recipe
@@ -123,7 +123,7 @@ def measure(variant: str, seed: int, settings: Settings) -> dict:
         world = load_world(run, guidance=guidance, steps=settings.denoising_steps, seed=seed)
         rolled_out = WorldSettings(data=settings.data, root=settings.root,
                                    episodes=settings.episodes)
-        tally = evaluate(world, open_held_out(rolled_out, world), 16, context=1)
+        tally = evaluate(world, open_held_out(rolled_out, world), 16, context_frames=1)
         return {"loss": losses, "psnr": float(tally.sums["psnr"].mean() / tally.episodes)}
 
     result = kept(run / "result.json", decisive(settings), make)
@@ -164,10 +164,7 @@ def run(settings: Settings) -> None:
     print(f"plot: {out}/ablations.png")
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = "Compare variants of the method."
-    return command("ablations", lambda: run(parse(Settings, description, argv, complete)))
-
+main = program("ablations", run, Settings, "Compare variants of the method.", complete)
 
 if __name__ == "__main__":
     sys.exit(main())

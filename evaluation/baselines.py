@@ -27,26 +27,19 @@ import torch
 
 import train
 from baselines import action_finetuning, classifier_guidance, controlnet, language_finetuning
-from baselines.clips import base_of, imagine_clips
+from baselines.clips import base_of, sample_clips
 from data import Episodes, open_episodes
 from evaluation.ablations import post_train
-from evaluation.controllability import (
-    PIXEL,
-    GripperReader,
-    directions,
-    recorded,
-    train_reader,
-)
-from evaluation.evaluate import imagine, read_batches
+from evaluation.controllability import (PIXEL, GripperReader, directions, recorded, train_reader)
+from evaluation.evaluate import rollout_batch, read_batches
 from evaluation.kept import decisive, kept
 from evaluation.metrics import ssim
 from model.saving import TINY_BASE, load_model, preset_of
 from model.vid2world import PRESETS, to_pixels
 from sample import load_world
 from support.errors import RequestError
-from support.options import command, option, parse
-from support.pictures import save_strip
-from support.psnr import psnr
+from support.options import option, program
+from support.pictures import psnr, save_strip
 from training.settings import Settings as TrainSettings
 
 # one level a clip and no action hidden, weighted as the world is
@@ -120,16 +113,16 @@ def imaginer(row: str, seed: int, settings: Settings, held_out: Episodes
         chosen = TrainSettings(base=settings.base, preset=preset_of(settings.base),
                                size=list(PRESETS[preset_of(settings.base)].size))
         model = base_of(chosen, held_out.dataset)
-        return lambda frames, actions, captions: imagine_clips(model, frames, actions, **options)
+        return lambda frames, actions, captions: sample_clips(model, frames, actions, **options)
     if row.startswith("Vid2World"):
         world = load_world(run_of(row, seed, settings), guidance=1.0,
                            steps=settings.denoising_steps, eta=0.0, seed=seed)
-        return lambda frames, actions, captions: imagine(world, frames, actions,
+        return lambda frames, actions, captions: rollout_batch(world, frames, actions,
                                                          nar=row.endswith("NAR"))
     model, steer = load_model(run_of(row, seed, settings), kind=RECIPES[row][1].model_class), None
     if row == "classifier guidance":
         steer = classifier_guidance.towards_actions(model, settings.weight)
-    return lambda frames, actions, captions: imagine_clips(
+    return lambda frames, actions, captions: sample_clips(
         model, frames, captions if row.startswith("language") else actions, steer=steer, **options)
 
 
@@ -273,10 +266,7 @@ def run(settings: Settings) -> None:
     print(f"one episode, as each imagines it: {save_example(settings, held_out)}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = "Compare the ways to steer a video model."
-    return command("baselines", lambda: run(parse(Settings, description, argv, complete)))
-
+main = program("baselines", run, Settings, "Compare the ways to steer a video model.", complete)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from support.options import command, option, parse
+from support.options import option, program
 from support.pictures import save_grid
 from temporal.norm import NORM_SCOPES
 from unet import UNetConfig, leaks
@@ -37,9 +37,7 @@ def run(settings: Settings) -> None:
     print(f"picture: {out}/causality.png")
 
 
-def main(argv: list[str] | None = None) -> int:
-    return command("causality", lambda: run(parse(Settings, "Measure the leak.", argv)))
-
+main = program("causality", run, Settings, "Measure the leak.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ from evaluation.evaluate import WorldSettings
 from evaluation.policies import MARKS, STARTS, load_policies, to_action
 from model.saving import TINY_WORLD
 from sample import WorldModel, load_world
-from support.options import command, option, parse
+from support.options import option, program
 from support.pictures import save_curves
 
 MOVED = 0.02  # metres
@@ -30,7 +30,7 @@ class Settings(WorldSettings):
     out: str = option("evaluations/contact", "folder for the plot")
 
 
-def replay(world: WorldModel, starts: np.ndarray, actions: np.ndarray) -> np.ndarray:
+def rollout_actions(world: WorldModel, starts: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """First frames uint8 [B, H, W, 3] and what is done, [B, T, 4] -> all frames [B, 1 + T, …]."""
     world.reset(starts[:, None])
     steps = tqdm(actions.swapaxes(0, 1), unit="frame", leave=False, disable=None)
@@ -60,7 +60,7 @@ def run(settings: Settings) -> None:
     print(f"{len(starts)} starts a policy; {world.sampling}\n\n{HEAD}")
     for name in MARKS:
         actions = truth[f"{name}, actions"][: settings.starts]
-        videos = np.concatenate([replay(world, starts[i : i + settings.batch],
+        videos = np.concatenate([rollout_actions(world, starts[i : i + settings.batch],
                                         actions[i : i + settings.batch])
                                  for i in range(0, len(starts), settings.batch)])
         found[name] = truth[name][: settings.starts], verifier.opening(videos)
@@ -74,10 +74,8 @@ def run(settings: Settings) -> None:
     print(f"\nplot: {out / 'contact.png'}, the opening in mm where the drawer moves")
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = "Measure whether the drawer moves when it is pushed, and only then."
-    return command("contact", lambda: run(parse(Settings, description, argv)))
-
+main = program("contact", run, Settings, "Measure whether the drawer moves when it is pushed, and "
+               "only then.")
 
 if __name__ == "__main__":
     sys.exit(main())

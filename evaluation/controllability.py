@@ -23,14 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Episodes, open_episodes
-from evaluation.evaluate import WorldSettings, imagine, open_held_out, read_batches
+from evaluation.evaluate import WorldSettings, rollout_batch, open_held_out, read_batches
 from model.saving import TINY_WORLD
 from model.vid2world import to_pixels
 from sample import WorldModel, load_world
 from support.errors import DataError
-from support.options import command, option, parse
-from support.pictures import save_curves, save_strip
-from support.psnr import psnr
+from support.options import option, program
+from support.pictures import psnr, save_curves, save_strip
 
 PIXEL, POSITION = "steps/observation/gripper_pixel", "steps/observation/gripper_position"
 WORLD_VECTOR = slice(10, 13)  # of RT-1's 13 action numbers: the gripper's motion along x, y, z
@@ -128,8 +127,9 @@ def follow(world: WorldModel, reader: GripperReader, clips: np.ndarray, actions:
 
     clips uint8 [N, T, H, W, 3], actions [N, T, A], truth [N, T, 2] the true place of the gripper
     """
-    imagined = np.concatenate([imagine(world, clips[i : i + batch], actions[i : i + batch, :-1])
-                               for i in range(0, len(clips), batch)])
+    imagined = np.concatenate([
+        rollout_batch(world, clips[i : i + batch], actions[i : i + batch, :-1])
+        for i in range(0, len(clips), batch)])
     error = np.linalg.norm(reader.read(imagined[:, -1]) - truth[:, -1], axis=-1)
     return error.mean(), psnr(imagined, clips)[:, 1:].mean()
 
@@ -140,8 +140,9 @@ def sweep(world: WorldModel, starts: np.ndarray, batch: int) -> dict[str, np.nda
     for name, (axis, sign) in SWEEPS.items():
         actions = np.zeros((len(starts), SWEEP_FRAMES, world.model.action_dim), np.float32)
         actions[:, :, WORLD_VECTOR.start + axis] = sign
-        swept[name] = np.concatenate([imagine(world, starts[i : i + batch], actions[i : i + batch])
-                                      for i in range(0, len(starts), batch)])
+        swept[name] = np.concatenate([
+            rollout_batch(world, starts[i : i + batch], actions[i : i + batch])
+            for i in range(0, len(starts), batch)])
     return swept
 
 
@@ -215,10 +216,7 @@ def run(settings: Settings) -> None:
     print(f"\npictures: {out}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = "Measure controllability."
-    return command("controllability", lambda: run(parse(Settings, description, argv)))
-
+main = program("controllability", run, Settings, "Measure controllability.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DATA_SETS
-from evaluation.evaluate import WorldSettings, imagine, open_held_out, read_batches
-from model.saving import bundled_world
+from data import DATA_SETS, bundled_world
+from evaluation.evaluate import WorldSettings, rollout_batch, open_held_out, read_batches
 from sample import load_world
-from support.options import command, option, parse
-from support.pictures import save_curves, save_strip
-from support.psnr import psnr
+from support.options import option, program
+from support.pictures import psnr, save_curves, save_strip
 
 
 def colour_shift(frames: np.ndarray) -> np.ndarray:
@@ -49,11 +47,13 @@ class Settings(WorldSettings):
 def run(settings: Settings) -> None:
     world = load_world(settings.checkpoint or bundled_world(settings.data), steps=settings.steps,
                        eta=settings.eta, seed=settings.seed)
-    episodes, context = open_held_out(settings, world), DATA_SETS[settings.data].context
-    clips = [(frames, imagine(world, frames, actions[:, :-1], context)) for frames, actions in
-             read_batches(episodes, settings.frames, settings.batch, world.model.config)]
+    episodes = open_held_out(settings, world)
+    given_frames = DATA_SETS[settings.data].context_frames
+    batches = read_batches(episodes, settings.frames, settings.batch, world.model.config)
+    clips = [(frames, rollout_batch(world, frames, actions[:, :-1], given_frames))
+             for frames, actions in batches]
     truth, imagined = (np.concatenate(both) for both in zip(*clips, strict=True))
-    given = truth[:, context - 1, None]
+    given = truth[:, given_frames - 1, None]
     curves = {
         "psnr": {"imagined": psnr(imagined, truth), "repeating": psnr(given, truth)},
         "colour": {"imagined": colour_shift(imagined), "true": colour_shift(truth)},
@@ -64,15 +64,16 @@ def run(settings: Settings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for measure, pair in means.items():
         save_curves(out / f"{measure}_{settings.data}.png",
-                    {f"{measure}, {name}": list(enumerate(row))[context:]
+                    {f"{measure}, {name}": list(enumerate(row))[given_frames:]
                      for name, row in pair.items()}, "frame")
     save_strip(out / f"strip_{settings.data}.png",
                {"truth": truth[0, ::8], "imagined": imagined[0, ::8]}, columns=14)
 
-    print(f"{len(episodes)} episodes of {settings.data}, {context} frames given; {world.sampling}")
+    print(f"{len(episodes)} episodes of {settings.data}, {given_frames} frames given; "
+          f"{world.sampling}")
     print("\n| frame | PSNR (dB) | repeating | colour shift | true | sharpness | true |\n|"
           f"{' --- |' * 7}")
-    for t in sorted({*range(context + 9, settings.frames - 1, 15), settings.frames - 1}):
+    for t in sorted({*range(given_frames + 9, settings.frames - 1, 15), settings.frames - 1}):
         cells = [f"{row[t]:.2f}" for pair in means.values() for row in pair.values()]
         print(f"| {t} | {' | '.join(cells)} |")
     (out / f"drift_{settings.data}.json").write_text(json.dumps({
@@ -83,10 +84,7 @@ def run(settings: Settings) -> None:
     print(f"\ncurves and a strip: {out}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = "Measure how a world holds in long rollouts."
-    return command("drift", lambda: run(parse(Settings, description, argv)))
-
+main = program("drift", run, Settings, "Measure how a world holds in long rollouts.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,34 +25,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (
-    DATA_SETS,
-    DataSet,
-    Episodes,
-    as_compared,
-    fit_frames,
-    open_episodes,
-)
+from data import DATA_SETS, DataSet, Episodes, bundled_world, fit_frames, open_episodes
+from episodes.frames import for_metrics
 from dynamicrafter.checkpoint import read_checkpoint
 from episodes.frames import cut_bars
-from evaluation.metrics import (
-    ENOUGH,
-    FeatureNetwork,
-    Statistics,
-    frechet_distance,
-    i3d,
-    inception,
-    lpips,
-    ssim,
-)
-from evaluation.nar import imagine_together
-from model.saving import bundled_world, save
+from evaluation.metrics import (ENOUGH, FeatureNetwork, Statistics, frechet_distance, i3d,
+                                inception, lpips, ssim)
+from evaluation.nar import sample_jointly
+from model.saving import save
 from model.vid2world import ModelConfig
 from sample import WorldModel, compare_actions, load_world
 from support.errors import CheckpointError, DataError, RequestError, reading
-from support.options import command, option, parse
-from support.pictures import save_curves
-from support.psnr import psnr
+from support.options import option, program
+from support.pictures import psnr, save_curves
 from training.processes import join_processes, leave_processes
 
 BETTER = {"psnr": "dB, higher is better", "ssim": "higher is better", "lpips": "lower is better",
@@ -143,17 +128,19 @@ class Still:
         return self.frame
 
 
-def imagine(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context: int = 1,
-            nar: bool = False) -> np.ndarray:
+def rollout_batch(world: WorldModel, frames: np.ndarray, actions: np.ndarray,
+                  context_frames: int = 1, nar: bool = False) -> np.ndarray:
     """Episodes side by side: uint8 [B, T, H, W, 3], the given frames included, from those and
     actions [B, T - 1, A]."""
     if nar:
-        return np.stack([imagine_together(world, *clip)
+        return np.stack([sample_jointly(world, *clip)
                          for clip in zip(frames, actions, strict=True)])
-    world.reset(frames[:, :context], actions[:, : context - 1])
-    steps = tqdm(range(context - 1, actions.shape[1]), unit="frame", leave=False, disable=None)
-    imagined = np.stack([world.step(actions[:, t]) for t in steps], axis=1)
-    return np.concatenate([frames[:, :context], imagined], axis=1)
+    given = frames[:, :context_frames]
+    world.reset(given, actions[:, : context_frames - 1])
+    steps = tqdm(range(context_frames - 1, actions.shape[1]), unit="frame", leave=False,
+                 disable=None)
+    predicted = np.stack([world.step(actions[:, t]) for t in steps], axis=1)
+    return np.concatenate([given, predicted], axis=1)
 
 
 def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarray,
@@ -164,7 +151,8 @@ def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarr
         inner = cut_bars(imagined, dataset.aspect), cut_bars(truth, dataset.aspect)
         if inner[0].shape != imagined.shape:
             tally.add({"psnr without bars": psnr(*inner)})
-    imagined, truth, given = (as_compared(clips, dataset) for clips in (imagined, truth, given))
+    imagined, truth, given = (for_metrics(clips, dataset.aspect, dataset.compare_at)
+                              for clips in (imagined, truth, given))
     tally.add({"psnr": psnr(imagined, truth), "ssim": ssim(imagined, truth),
                "psnr of repeating": psnr(given, truth)})
     B, T = truth.shape[:2]
@@ -181,11 +169,10 @@ def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarr
     tally.episodes += B
 
 
-def evaluate(world: WorldModel, episodes: Episodes, frames: int, context: int, batch: int = 8,
-             nar: bool = False,
-             networks: dict[str, FeatureNetwork] | None = None, partial: Path | None = None,
-             settings: dict | None = None,
-             rank: int = 0, processes: int = 1) -> Tally:
+def evaluate(world: WorldModel, episodes: Episodes, frames: int, context_frames: int,
+             batch: int = 8, nar: bool = False, networks: dict[str, FeatureNetwork] | None = None,
+             partial: Path | None = None, settings: dict | None = None, rank: int = 0,
+             processes: int = 1) -> Tally:
     """Roll out this process's share of the batches. With `partial`, go on from that file where its
     settings are these."""
     tally = Tally()
@@ -199,9 +186,9 @@ def evaluate(world: WorldModel, episodes: Episodes, frames: int, context: int, b
     batches = read_batches(episodes, frames, batch, world.model.config, mine)
     for truth, actions in tqdm(batches, total=len(mine), unit="batch", disable=None if rank == 0
                                else True):
-        imagined = imagine(world, truth, actions[:, :-1], context, nar)
+        imagined = rollout_batch(world, truth, actions[:, :-1], context_frames, nar)
         # without autoregression one frame is given, however many the others get
-        first = 1 if nar else context
+        first = 1 if nar else context_frames
         score(tally, imagined[:, first:], truth[:, first:], truth[:, first - 1 : first],
               networks or {}, episodes.dataset)
         tally.batches += 1
@@ -226,7 +213,7 @@ class Settings(WorldSettings):
     guidance: float | None = option(None, "as in sample.py; if left out, the checkpoint's",
                                     type=float)
     guidance_levels: list[int] | None = option(None, "as in sample.py", type=int, nargs=2, least=0)
-    context: int | None = option(None, "frames given; if left out, as the data set has it",
+    context_frames: int | None = option(None, "frames given; if left out, as the data set has it",
                                  type=int)
     nar: bool = option(False, "sample all frames together (the paper's Vid2World-NAR)")
     inception: str | None = option(None, "network for FID: see evaluation/metrics.py")
@@ -236,10 +223,11 @@ class Settings(WorldSettings):
 
 
 def complete(settings: Settings) -> None:
-    if settings.context is None:
-        settings.context = DATA_SETS[settings.data].context
-    if settings.context >= settings.frames:
-        raise RequestError(f"context is {settings.context}; it must be less than frames")
+    if settings.context_frames is None:
+        settings.context_frames = DATA_SETS[settings.data].context_frames
+    if settings.context_frames >= settings.frames:
+        raise RequestError(f"--context-frames is {settings.context_frames}; it must be less than "
+                           "--frames")
 
 
 def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> None:
@@ -262,8 +250,8 @@ def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> No
                              f"figures (at least {ENOUGH}, and as many as theirs)")
     together = "all frames together, " if settings.nar else ""
     lines = [f"{tally.episodes} held-out episodes of {settings.data}, {settings.frames} frames, "
-             f"{settings.context} given; {together}{world.sampling}", "", "| metric | value | |",
-             "| --- | --- | --- |"]
+             f"{settings.context_frames} given; {together}{world.sampling}", "",
+             "| metric | value | |", "| --- | --- | --- |"]
     for name, better in BETTER.items():
         value = f"absent | {reasons.get(name)}"
         if name in result:
@@ -307,7 +295,7 @@ def run(settings: Settings) -> None:
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f"partial_{rank}_of_{processes}.pt"
-    tally = evaluate(world, episodes, settings.frames, settings.context, settings.batch,
+    tally = evaluate(world, episodes, settings.frames, settings.context_frames, settings.batch,
                      settings.nar, networks, partial, asdict(settings), rank, processes)
     if processes > 1:
         tallies: list = [None] * processes
@@ -321,10 +309,7 @@ def run(settings: Settings) -> None:
     partial.unlink(missing_ok=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = "Measure imagined frames of held-out episodes."
-    return command("evaluate", lambda: run(parse(Settings, description, argv, complete)))
-
+main = program("evaluate", run, Settings, "Measure imagined frames of held-out episodes.", complete)
 
 if __name__ == "__main__":
     sys.exit(main())

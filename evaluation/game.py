@@ -27,18 +27,17 @@ from tqdm import tqdm
 
 from baselines.diamond import STEPS, DiamondWorld
 from baselines.train_diamond import load_diamond
-from data import Episodes, open_episodes
+from data import Episodes, bundled_world, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
-from episodes.actions import csgo_action
-from evaluation.evaluate import Still, WorldSettings, imagine, open_held_out, read_batches
+from episodes.csgo import csgo_action
+from evaluation.evaluate import Still, WorldSettings, rollout_batch, open_held_out, read_batches
 from evaluation.metrics import ssim
 from evaluation.readers import FrameReader, fit
-from model.saving import bundled_world, save
+from model.saving import save
 from sample import WorldModel, load_world
 from support.errors import CheckpointError, reading
-from support.options import command, option, parse
-from support.pictures import save_strip
-from support.psnr import psnr
+from support.options import option, program
+from support.pictures import psnr, save_strip
 
 POSE = "steps/observation/pose"  # x and y in map units, and the direction in degrees
 GIVEN, SHORT, LONG = 4, 12, 60  # frames given, and imagined
@@ -98,7 +97,7 @@ class Starts:
     poses: np.ndarray  # [N, T, 3]
 
 
-def roll(world: object, starts: Starts, batch: int, action: np.ndarray | None = None,
+def rollout_action(world: object, starts: Starts, batch: int, action: np.ndarray | None = None,
          new: int = LONG) -> np.ndarray:
     """Imagine all starts, under their own actions or one that is repeated: uint8 [N, GIVEN + new,
     64, 80, 3], the given frames included."""
@@ -107,7 +106,7 @@ def roll(world: object, starts: Starts, batch: int, action: np.ndarray | None = 
         known = starts.actions[:, : GIVEN - 1]
         repeated = np.broadcast_to(action, (len(known), new, len(action)))
         actions = np.concatenate([known, repeated], axis=1)
-    return np.concatenate([imagine(world, starts.frames[i : i + batch, :GIVEN],
+    return np.concatenate([rollout_batch(world, starts.frames[i : i + batch, :GIVEN],
                                    actions[i : i + batch], GIVEN)
                            for i in range(0, len(actions), batch)])
 
@@ -115,7 +114,7 @@ def roll(world: object, starts: Starts, batch: int, action: np.ndarray | None = 
 def follow(world: object, starts: Starts, reader: FrameReader, batch: int, new: int
            ) -> dict[str, float]:
     """Under the episodes' own actions: pictures, and where the player is at the last frame."""
-    imagined = roll(world, starts, batch, new=new)[:, GIVEN:]
+    imagined = rollout_action(world, starts, batch, new=new)[:, GIVEN:]
     truth, last = starts.frames[:, GIVEN : GIVEN + new], GIVEN + new - 1
     repeated = psnr(starts.frames[:, GIVEN - 1, None], truth).mean(axis=0)
     ours = psnr(imagined, truth).mean(axis=0)
@@ -128,13 +127,14 @@ def follow(world: object, starts: Starts, reader: FrameReader, batch: int, new: 
 def obey(world: object, starts: Starts, reader: FrameReader, batch: int) -> dict[str, float]:
     """Under one action, repeated: turning, walls, return."""
     def turned(x: int) -> np.ndarray:
-        clips = roll(world, starts, batch, csgo_action(x=x), SHORT)
+        clips = rollout_action(world, starts, batch, csgo_action(x=x), SHORT)
         return apart(read_poses(reader, clips[:, -1]), read_poses(reader, clips[:, GIVEN - 1]))[1]
 
     turned_right, turned_left = turned(60), turned(-60)
-    ahead = read_poses(reader, roll(world, starts, batch, csgo_action(["w"]), 24)[:, GIVEN - 1 :])
+    walked = rollout_action(world, starts, batch, csgo_action(["w"]), 24)
+    ahead = read_poses(reader, walked[:, GIVEN - 1 :])
     first, last = (apart(ahead[:, t + 6], ahead[:, t])[0] for t in (0, 18))
-    circle = roll(world, starts, batch, csgo_action(x=100), 72)[:, GIVEN - 1 :]
+    circle = rollout_action(world, starts, batch, csgo_action(x=100), 72)[:, GIVEN - 1 :]
     missing = apart(read_poses(reader, circle[:, 72]), read_poses(reader, circle[:, 0]))[1]
     return {"right turns right, %": 100 * (turned_right < 0).mean(),
             "left turns left, %": 100 * (turned_left > 0).mean(),
@@ -154,10 +154,6 @@ def seconds_a_frame(world: object, starts: Starts) -> float:
         world.step(starts.actions[:1, t])
         times.append(time.perf_counter() - begun)
     return float(np.median(times[3:]))
-
-
-# --------------------------------------------------------------------------------------------------
-# The command
 
 
 @dataclass
@@ -235,7 +231,7 @@ def run(settings: Settings) -> None:
             long[name] = follow(make(0), starts, reader, settings.batch, LONG)
             obeying[name] = obey(make(0), starts, reader, settings.batch)
             first = Starts(frames[:1], actions[:1], poses[:1])
-            shown = {"truth": frames[0], name: roll(make(0), first, batch=1)[0]}
+            shown = {"truth": frames[0], name: rollout_action(make(0), first, batch=1)[0]}
             save_strip(out / f"{name.replace(', ', '_')}.png",
                        {label: clip[GIVEN - 1 :: 5] for label, clip in shown.items()}, columns=12)
     lines = [f"{len(held_out)} held-out episodes, {GIVEN} frames given; {world.sampling}"]
@@ -250,10 +246,7 @@ def run(settings: Settings) -> None:
     print(f"\nwritten: {out}/result.md, result.json and strips")
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = "Measure whether an imagined game obeys."
-    return command("game", lambda: run(parse(Settings, description, argv)))
-
+main = program("game", run, Settings, "Measure whether an imagined game obeys.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
 """What a comparison has done is kept, so that it goes on where it was interrupted. What was done
 under other settings is never taken for it."""
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,12 +29,6 @@ def kept(path: Path, settings: dict, make: Callable[[], dict]) -> dict:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))["result"]
-
-
-def written(paths: Iterable[str | Path]) -> list[int]:
-    """When each of the files that a result depends on was last written: a checkpoint that has
-    learned more since is another one."""
-    return [Path(path).stat().st_mtime_ns for path in paths]
 
 
 def require_same(run: Path, chosen: TrainSettings) -> None:

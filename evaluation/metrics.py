@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.errors import UserError
-from support.psnr import psnr  # noqa: F401, the fourth of this file's metrics
+from support.pictures import psnr  # noqa: F401, the fourth of this file's metrics
 
 
 class MetricError(UserError):

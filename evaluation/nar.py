@@ -15,7 +15,7 @@ from support.errors import RequestError
 
 
 @torch.inference_mode()
-def imagine_together(world: WorldModel, frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
+def sample_jointly(world: WorldModel, frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """One clip, its first frame given: uint8 [T, H, W, 3] from frames [≥ 1, H, W, 3] and actions [T
     - 1, A].
 

@@ -36,13 +36,12 @@ from tqdm import tqdm
 from data import SAMPLES, fit_frames, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from evaluation.evaluate import Still, WorldSettings
-from evaluation.kept import written
 from evaluation.readers import FrameReader
 from model.saving import CHECKPOINTS, TINY_WORLD, checkpoint_file
 from model.vid2world import Model, ModelConfig
 from sample import WorldModel, load_world
 from support.errors import CheckpointError, RequestError, reading
-from support.options import command, option, parse
+from support.options import option, program
 from support.pictures import save_scatter, save_strip
 
 POLICIES, STARTS = CHECKPOINTS / "policies.pt", SAMPLES / "drawer_starts.npz"
@@ -107,7 +106,7 @@ def untrained() -> FrameReader:
 # Algorithm 3
 
 
-def roll_out(world: WorldModel, policy: Policy, starts: np.ndarray, shuffled: bool = False,
+def rollout_policy(world: WorldModel, policy: Policy, starts: np.ndarray, shuffled: bool = False,
              horizon: int = HORIZON) -> np.ndarray:
     """Starts side by side, uint8 [B, H, W, 3] -> all frames [B, 1 + horizon, H, W, 3].
 
@@ -119,10 +118,6 @@ def roll_out(world: WorldModel, policy: Policy, starts: np.ndarray, shuffled: bo
         actions = policy(frames[-1])
         frames.append(world.step(np.roll(actions, 1, axis=0) if shuffled else actions))
     return np.stack(frames, axis=1)
-
-
-# --------------------------------------------------------------------------------------------------
-# What it says
 
 
 def interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -146,28 +141,7 @@ def mmrv(true: np.ndarray, imagined: np.ndarray) -> float:
     return float((np.abs(true[:, None] - true) * violated).max(axis=1).mean())
 
 
-# --------------------------------------------------------------------------------------------------
-# A person as the verifier
-
-
-PAGE = """<!doctype html><meta charset="utf-8"><title>Did it succeed?</title>
-<style>body {{ font: 16px system-ui; margin: 2em }}
-img {{ image-rendering: pixelated; width: 100% }}
-label {{ display: block; margin: 1.2em 0 }}</style>
-<h1>Tick the rollouts that succeed</h1>
-<p>Time runs from left to right. Which policy and which world it was is not shown.</p>
-{rows}
-<button onclick="save()">save verdicts.json</button>
-<script>
-function save() {{
-  const verdicts = Object.fromEntries([...document.querySelectorAll("input")].map(box =>
-    [box.name, box.checked]));
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(verdicts)]));
-  link.download = "verdicts.json"; link.click();
-}}
-</script>
-"""
+PAGE = Path(__file__).with_name("verdicts.html")
 
 
 def write_page(path: Path, strips: dict[str, np.ndarray]) -> None:
@@ -179,11 +153,8 @@ def write_page(path: Path, strips: dict[str, np.ndarray]) -> None:
         source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         rows.append(f'<label><input type="checkbox" name="{html.escape(key)}"> '
                     f'<img src="{source}"></label>')
-    path.write_text(PAGE.format(rows="\n".join(rows)), encoding="utf-8")
-
-
-# --------------------------------------------------------------------------------------------------
-# The command
+    page = PAGE.read_text(encoding="utf-8").replace("{rows}", "\n".join(rows))
+    path.write_text(page, encoding="utf-8")
 
 
 @dataclass
@@ -270,8 +241,10 @@ class Judgement:
     def __init__(self, settings: Settings, verifier: Verifier | None, starts: np.ndarray):
         self.settings, self.verifier, self.starts = settings, verifier, starts
         self.out = Path(settings.out)
-        self.written = written([checkpoint_file(settings.checkpoint or TINY_WORLD),
-                                *(settings.policy or [POLICIES])])
+        # a checkpoint that was trained further is another one
+        files = [checkpoint_file(settings.checkpoint or TINY_WORLD),
+                 *(settings.policy or [POLICIES])]
+        self.written = [Path(path).stat().st_mtime_ns for path in files]
         self.file = self.out / "successes.json"
         self.known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         self.verdicts = settings.verdicts and json.loads(
@@ -295,7 +268,8 @@ class Judgement:
             key: value for key, value in asdict(self.settings).items() if key in DECISIVE}])
         if place not in self.known or self.settings.judge:
             starts = self.starts[first : first + len(keys)]
-            videos = roll_out(trial.make(), policy, starts, trial.shuffled, self.settings.horizon)
+            videos = rollout_policy(trial.make(), policy, starts, trial.shuffled,
+                                    self.settings.horizon)
             columns = np.linspace(0, self.settings.horizon, 9).round().astype(int)
             self.strips |= dict(zip(keys, videos[:, columns], strict=True))
             closed = (self.verifier.opening(videos[:, -1]) < CLOSED if self.verifier
@@ -377,10 +351,7 @@ def compare(title: str, rates: dict[str, np.ndarray], true: dict[str, np.ndarray
             f"{100 * np.abs(ours - theirs).max():.0f} |")
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = "Judge policies in the imagined world."
-    return command("policies", lambda: run(parse(Settings, description, argv)))
-
+main = program("policies", run, Settings, "Judge policies in the imagined world.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,7 +24,7 @@ from model.device import best_device, quick_attention
 from model.memory import keep_freed_memory, recompute_activations
 from model.vid2world import PRESETS, Model
 from sample import WorldModel
-from support.options import command, option, parse
+from support.options import option, program
 from support.pictures import save_curves
 from temporal.streaming import attend
 from unet import UNet, UNetConfig
@@ -219,13 +219,13 @@ class Settings:
     out: str = option("rollouts", "folder for the plot")
 
 
-def main(argv: list[str] | None = None) -> int:
-    def run(settings: Settings) -> None:
-        if settings.plan:
-            return print_plan(SIZES[settings.size])
-        return time_layers() if settings.layers else measure(settings)
+def run(settings: Settings) -> None:
+    if settings.plan:
+        return print_plan(SIZES[settings.size])
+    return time_layers() if settings.layers else measure(settings)
 
-    return command("speed", lambda: run(parse(Settings, "Measure speed and memory.", argv)))
+
+main = program("speed", run, Settings, "Measure speed and memory.")
 
 
 if __name__ == "__main__":

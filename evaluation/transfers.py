@@ -18,7 +18,7 @@ from causal_conv import TRANSFER_METHODS
 from data import Clips, collate, open_episodes, require_clips
 from model.saving import TINY_BASE, from_dynamicrafter, preset_of
 from model.vid2world import PRESETS, Model, to_pixels
-from support.options import command, option, parse
+from support.options import option, program
 from support.pictures import save_curves
 
 LEVELS = (100, 300, 500, 700, 900)
@@ -84,10 +84,7 @@ def run(settings: Settings) -> None:
     print(f"\nplot: {out}/distance.png")
 
 
-def main(argv: list[str] | None = None) -> int:
-    return command("transfers", lambda: run(parse(Settings, "Compare transfers and norm scopes.",
-                                                  argv)))
-
+main = program("transfers", run, Settings, "Compare transfers and norm scopes.")
 
 if __name__ == "__main__":
     sys.exit(main())

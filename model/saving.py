@@ -14,13 +14,8 @@ from torch import Tensor
 
 from diffusion_forcing import NoiseSchedule
 from dynamicrafter.autoencoder import Autoencoder
-from dynamicrafter.checkpoint import (
-    load_part,
-    load_weights,
-    read_checkpoint,
-    read_lightning,
-    select,
-)
+from dynamicrafter.checkpoint import (load_part, load_weights, read_checkpoint, read_lightning,
+                                      select)
 from dynamicrafter.clip import ImageTower, TextTower
 from dynamicrafter.resampler import Resampler
 from model.vid2world import PRESETS, Model, ModelConfig, plain_statistics
@@ -35,11 +30,6 @@ ARENA_WORLD = CHECKPOINTS / "arena_world.pt"
 
 PREFIXES = {"unet.": "model.diffusion_model.", "autoencoder.": "first_stage_model.",
             "image_tower.": "embedder.model.visual.", "resampler.": "image_proj_model."}
-
-
-def bundled_world(data: str | None) -> Path:
-    """The bundled world for a data set: the game for a game, or else the robot."""
-    return ARENA_WORLD if data == "csgo" else TINY_WORLD
 
 
 def readable_path(path: str | Path, *bundled: Path) -> str:

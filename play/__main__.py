@@ -4,13 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from data import DATA_SETS
-from model.saving import bundled_world
+from data import DATA_SETS, bundled_world
 from play.keys import with_keys
 from play.server import PlayServer
 from sample import WorldModel, load_world, open_data
 from support.errors import RequestError
-from support.options import command, option, parse
+from support.options import option, program
 
 FASTEST = 8.0  # frames per second: faster than this, nobody could steer
 
@@ -59,11 +58,9 @@ def play(settings: Settings) -> None:
         server.end()
 
 
-def main(argv: list[str] | None = None) -> int:
-    description = ("Drive an imagined world from the keyboard, in a browser. What is left out "
-                   "comes from the checkpoint; without one, the bundled world is played.")
-    return command("play", lambda: play(parse(Settings, description, argv, check)))
-
+main = program("play", play, Settings, "Drive an imagined world from the keyboard, in a browser. "
+               "What is left out comes from the checkpoint; without one, the bundled world "
+               "is played.", check)
 
 if __name__ == "__main__":
     sys.exit(main())

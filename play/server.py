@@ -157,8 +157,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def take_keys(self) -> None:
         session, content = self.read_request()
-        session.press(check_keys(content, session.dataset),
-                      check_mouse(content, session.dataset))
+        session.press(check_keys(content, session.dataset), check_mouse(content, session.dataset))
         self.send(200, "application/json", b"{}")
 
     def take_command(self) -> None:

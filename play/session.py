@@ -111,7 +111,7 @@ class Session:
     def begin(self) -> None:
         """The first frames of the next episode."""
         self.start = (self.start + 1) % len(self.episodes)
-        frames, actions = self.episodes[self.start].read(0, self.dataset.context)
+        frames, actions = self.episodes[self.start].read(0, self.dataset.context_frames)
         with self.network:
             self.world.reset(frames, actions[:-1])
         with self.changed:

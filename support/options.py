@@ -7,8 +7,10 @@
 
     def run(settings: Settings) -> int | None: ...
 
+    main = program("sample.py", run, Settings, "Roll out a world model.")
+
     if __name__ == "__main__":
-        sys.exit(command("sample.py", lambda: run(parse(Settings, "Roll out a world model."))))
+        sys.exit(main())
 """
 import argparse
 import sys
@@ -106,3 +108,11 @@ def command(name: str, work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
+
+
+def program(name: str, run: Callable[[object], int | None], settings_class: type, description: str,
+            complete: Callable | None = None) -> Callable[[Sequence[str] | None], int]:
+    """The `main` of a command: from its words (None: those of the command line) to its exit code.
+    `complete` is as in `parse`."""
+    return lambda argv=None: command(
+        name, lambda: run(parse(settings_class, description, argv, complete)))

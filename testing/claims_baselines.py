@@ -1,6 +1,6 @@
 """Claims about the other ways to steer a video model, and about memory and machines."""
-import gzip
 import json
+import sys
 import os
 import re
 import shutil
@@ -17,60 +17,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from baselines import (
-    action_finetuning,
-    classifier_guidance,
-    clips,
-    controlnet,
-    diamond,
-    language_finetuning,
-    train_diamond,
-)
-from baselines.tokenizer import Tokenizer
+from baselines import (action_finetuning, classifier_guidance, clips, controlnet, diamond,
+                       language_finetuning, train_diamond)
 from data import DATA_SETS, SAMPLES, Clips, collate, open_episodes
 from dynamicrafter import autoencoder
 from dynamicrafter.checkpoint import read_checkpoint, read_lightning
 from dynamicrafter.layers import sinusoidal_embedding
-from episodes.actions import csgo_action
-from episodes.tfrecord import (
-    encode_example,
-    write_records,
-)
-from evaluation import (
-    baselines,
-    contact,
-    drift,
-    game,
-    plan,
-    policies,
-)
+from episodes.csgo import csgo_action
+from episodes.tfrecord import (encode_example, write_records)
+from evaluation import (baselines, contact, drift, game, plan, policies)
 from model import device
 from model.memory import halve_frozen
-from model.saving import (
-    TINY_BASE,
-    TINY_WORLD,
-    frozen_weights,
-    load_model,
-    save,
-    trained_weights,
-)
+from model.saving import (TINY_BASE, TINY_WORLD, frozen_weights, load_model, save, trained_weights)
 from model.vid2world import PRESETS, Model, to_frames
 from support.errors import DataError, RequestError
 from testing import full_size
 from testing.commands import folder, raises, refused, run_command
-from testing.episodes import (
-    encode_jpeg,
-    make_rt1,
-)
-from testing.golden import (
-    error_of,
-)
-from testing.worlds import (
-    small_checkpoint,
-    small_episode,
-    small_world,
-    train_words,
-)
+from testing.episodes import (encode_jpeg, make_rt1)
+from testing.golden import (error_of)
+from testing.worlds import (small_checkpoint, small_episode, small_world, train_words)
 from training.settings import Settings
 
 HERE = Path(__file__).parent.parent
@@ -169,7 +134,7 @@ def test_a_game_is_measured_against_diamond_and_standing_still():
     assert code == 0 and list(result) == ["repeating", "DIAMOND, fast", "DIAMOND, hq", "Vid2World"]
     assert result["repeating"]["frames above repeating"] == 0 and "12 frames of own" in said
     starts = game.Starts(np.zeros((2, 16, 64, 80, 3), np.uint8), np.zeros((2, 16, 51)), None)
-    clips = game.roll(game.Still(), starts, batch=1, action=csgo_action(["w"]), new=20)
+    clips = game.rollout_action(game.Still(), starts, batch=1, action=csgo_action(["w"]), new=20)
     assert clips.shape == (2, 24, 64, 80, 3)  # longer than the episode
     refused(game.main, *words, "--frames", 500, saying="the longest has 104")
 
@@ -209,7 +174,7 @@ def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_acti
 
     starts = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1)
     for shuffled in (False, True):
-        videos = policies.roll_out(Counter(), lambda frames: 2 ** frames[:, :, 0, 0] % 3 + 1,
+        videos = policies.rollout_policy(Counter(), lambda frames: 2 ** frames[:, :, 0, 0] % 3 + 1,
                                    starts, shuffled, horizon=1)
         assert videos.shape == (3, 2, 1, 1, 1)
         moved = (videos[:, 1] - starts).ravel()
@@ -229,7 +194,7 @@ def test_policies_are_judged_by_the_verifier_or_a_person():
     assert len(names) == 3 * 6 * 3 == page.count("data:image/png")  # worlds, policies, starts
 
     again = AssertionError("rolled out")
-    with mock.patch.object(policies, "roll_out", side_effect=again):  # all is known
+    with mock.patch.object(policies, "rollout_policy", side_effect=again):  # all is known
         assert run_command(policies.main, *options, "--controls")[0] == 0
         verdicts = {name: "Vid2World" in name and "/4000 steps/" in name for name in names}
         (out / "verdicts.json").write_text(json.dumps(verdicts), encoding="utf-8")
@@ -258,7 +223,7 @@ def test_contact_is_read_off_openings():
             return starts + len(self.actions)
 
     starts, numbers = np.zeros((3, 2, 2, 3), np.uint8), np.random.uniform(-1, 1, (3, 5, 4))
-    videos = contact.replay(world := Still(), starts, numbers)
+    videos = contact.rollout_actions(world := Still(), starts, numbers)
     assert videos[:, :, 0, 0, 0].tolist() == [[0, 1, 2, 3, 4, 5]] * 3
     assert np.allclose(np.stack(world.actions, 1)[..., 10:], numbers[..., :3], atol=1e-6)
 
@@ -277,24 +242,24 @@ def clip_baselines() -> tuple[np.ndarray, np.ndarray, Model, dict[str, tuple]]:
 
 def test_baselines_start_exactly_as_the_base_and_follow_actions_once_they_have_learned():
     frames, actions, base, built = clip_baselines()
-    as_base = clips.imagine_clips(base, frames, actions, steps=2)
+    as_base = clips.sample_clips(base, frames, actions, steps=2)
     nothing = np.zeros((1, 3, 4), np.float32)  # the empty caption
     for name, told in (("controlnet", actions), ("classifier", actions), ("language", nothing)):
-        imagined = clips.imagine_clips(built[name][1], frames, told, steps=2)
+        imagined = clips.sample_clips(built[name][1], frames, told, steps=2)
         assert np.array_equal(imagined, as_base), name
     steer = classifier_guidance.towards_actions(built["classifier"][1], weight=1.0)
-    steered = clips.imagine_clips(built["classifier"][1], frames, actions, steps=4, steer=steer)
-    unsteered = clips.imagine_clips(base, frames, actions, steps=4)
+    steered = clips.sample_clips(built["classifier"][1], frames, actions, steps=4, steer=steer)
+    unsteered = clips.sample_clips(base, frames, actions, steps=4)
     assert not np.array_equal(steered, unsteered)
     for layer in built["controlnet"][1].unet.copy.zero_convs:
         nn.init.normal_(layer.weight, std=0.1)
     for name in ("action", "controlnet"):
-        one, other = (clips.imagine_clips(built[name][1], frames, sign * actions, steps=2)
+        one, other = (clips.sample_clips(built[name][1], frames, sign * actions, steps=2)
                       for sign in (1, -1))
         assert not np.array_equal(one, other), name
     refused_frames = np.zeros((1, 20, 13), np.float32)
     with raises(RequestError, "21 frames do not fit into one clip of 16"):
-        clips.imagine_clips(base, frames, refused_frames)
+        clips.sample_clips(base, frames, refused_frames)
 
 
 def test_the_classifiers_accuracy_is_the_share_of_right_bins():
@@ -344,7 +309,7 @@ def test_a_saved_baseline_gives_the_same_samples():
         again = load_model(out, kind=recipe.model_class)
         told = np.ones((1, 3, 4), np.float32) if name == "language" else actions
         # PyTorch multiplies matrices in another way, and rounds differently, if they may learn.
-        ours, theirs = (clips.imagine_clips(each.requires_grad_(False), frames, told, steps=2)
+        ours, theirs = (clips.sample_clips(each.requires_grad_(False), frames, told, steps=2)
                         for each in (model, again))
         assert np.array_equal(ours, theirs), name
 
@@ -371,7 +336,7 @@ def test_captions_say_what_the_arm_did_and_reach_the_network():
     nn.init.normal_(model.words.weight)
     told = (np.tile(language_finetuning.word_numbers([word]), (1, 3, 1))
             for word in ("left", "right"))
-    left, right = (clips.imagine_clips(model, frames, caption, steps=2) for caption in told)
+    left, right = (clips.sample_clips(model, frames, caption, steps=2) for caption in told)
     assert not np.array_equal(left, right)
     root = folder()
     write_records(root / "fractal20220817_data-val.tfrecord-00000-of-00001", [encode_example({
@@ -388,23 +353,13 @@ def test_captions_say_what_the_arm_did_and_reach_the_network():
         episodes[0].text("nothing")
 
 
-def test_byte_pairs_are_merged_in_their_order():
-    pairs = ["o p", "op e", "ope n</w>", "d r"] + [f"x{i} y" for i in range(48890)]
-    path = folder() / "vocabulary.txt.gz"
-    path.write_bytes(gzip.compress(("#version\n" + "\n".join(pairs) + "\n").encode()))
-    tokenizer = Tokenizer(path)
-    assert tokenizer.split("open") == ["open</w>"] and tokenizer.split("odr") == ["o", "d", "r</w>"]
-    assert tokenizer.split("drop") == ["dr", "o", "p</w>"]
-    row = tokenizer("  OPEN&amp;amp; 7 ")
-    number = tokenizer.numbers
-    assert row.shape == (77,) and row[:6].tolist() == [
-        49406, number["open</w>"], number["&</w>"], number["7</w>"], 49407, 0]
-    assert number["!"] == 0 and number["op"] == 512
-    long = tokenizer("open " * 100)
-    assert long[-1] == 49407 and (long[1:-1] == number["open</w>"]).all()
-    path.write_bytes(b"no gzip")
-    with raises(DataError, "is no vocabulary of CLIP's"):
-        Tokenizer(path)
+def test_captions_at_full_size_are_clips_tokens():
+    clip = mock.Mock(tokenize=lambda texts, context_length: torch.arange(context_length)[None])
+    with mock.patch.dict(sys.modules, {"open_clip": clip}):
+        assert language_finetuning.clip_tokens("open").tolist() == list(range(77))
+    with mock.patch.dict(sys.modules, {"open_clip": None}):
+        with raises(RequestError, "pip install open_clip_torch"):
+            language_finetuning.clip_tokens("open")
 
 
 def test_memory_is_counted_as_it_is():

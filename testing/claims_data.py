@@ -28,55 +28,29 @@ from dynamicrafter.checkpoint import read_checkpoint, read_lightning
 from dynamicrafter.clip import ImageTowerConfig, TextTowerConfig
 from dynamicrafter.resampler import ResamplerConfig
 from episodes import from_lerobot, from_rlds, from_video, tfrecord
-from episodes.actions import csgo_action, describe_csgo
+from episodes.csgo import csgo_action
+from episodes.csgo import describe as describe_csgo
 from episodes.crc32c import crc32c
-from episodes.frames import cut_bars
+from episodes.frames import cut_bars, for_metrics
 from episodes.images import decode, decode_all
 from episodes.npz import read_npy
-from episodes.tfrecord import (
-    encode_example,
-    encode_field,
-    feature_numbers,
-    parse_example,
-    write_records,
-)
-from evaluation import (
-    evaluate,
-)
+from episodes.tfrecord import (encode_example, encode_field, feature_numbers, parse_example,
+                               write_records)
+from evaluation import (evaluate)
 from model import saving
-from model.saving import (
-    from_vid2world,
-    from_world,
-    load_model,
-)
+from model.saving import (from_vid2world, from_world, load_model)
 from model.vid2world import ModelConfig
 from play.keys import Keyboard, with_keys
 from sample import WorldModel
 from support import pictures
 from support.errors import CheckpointError, DataError, UserError
-from support.psnr import psnr
+from support.pictures import psnr
 from testing.commands import folder, needs, raises, refused, run_command
-from testing.episodes import (
-    encode_jpeg,
-    flip_byte,
-    make_csgo,
-    make_episode,
-    make_pictures,
-    make_rt1,
-    shard_of,
-)
-from testing.golden import (
-    released_names,
-)
-from testing.worlds import (
-    SMALL,
-    Exploit,
-    save_world,
-    small_checkpoint,
-    small_preset,
-    small_world,
-    write_safetensors,
-)
+from testing.episodes import (encode_jpeg, flip_byte, make_csgo, make_episode, make_pictures,
+                              make_rt1, shard_of)
+from testing.golden import (released_names)
+from testing.worlds import (SMALL, Exploit, save_world, small_checkpoint, small_preset, small_world,
+                            write_safetensors)
 from training.settings import Settings
 from unet import UNet
 
@@ -600,7 +574,8 @@ def test_the_arena_is_recorded_in_csgos_layout():
     assert episodes.dataset.network_fps == 9 and episodes[0].actions.shape == (24, 51)
     assert np.array_equal(episodes[5].actions, actions)
     assert episodes[0].feature("steps/observation/pose").shape == (24, 3)
-    assert data.as_compared(episodes[0].frames, episodes.dataset).shape == (24, 64, 80, 3)
+    compared = for_metrics(episodes[0].frames, (64, 80), episodes.dataset.compare_at)
+    assert compared.shape == (24, 64, 80, 3)
 
 
 def test_the_held_out_clips_of_csgo_are_the_published_ones():
@@ -663,7 +638,7 @@ def test_a_released_csgo_checkpoint_rolls_out():
         assert (out / "csgo_val0_guidance1.png").exists()
         world = sample.load_world(path, steps=1, guidance=1.0)
         episodes = open_episodes("csgo", root, "val")
-        tally = evaluate.evaluate(world, episodes, frames=6, context=4)
+        tally = evaluate.evaluate(world, episodes, frames=6, context_frames=4)
         assert tally.sums["psnr"].shape == (2,) and "psnr without bars" not in tally.sums
     finally:
         sample.load_world, saving.from_vid2world = before, from_vid2world
@@ -674,11 +649,11 @@ def test_frames_are_compared_as_the_published_figures_were():
     smooth = np.stack([np.asarray(Image.fromarray(frame).resize((7, 5)).resize((280, 150)))
                        for frame in frames])
     fitted = fit_frames(smooth, 320, 512)
-    compared = data.as_compared(fitted, DATA_SETS["csgo"])
+    compared = for_metrics(fitted, (150, 280), (150, 280))
     assert compared.shape == smooth.shape and psnr(compared, smooth).min() > 35
-    assert data.as_compared(fitted[None], DATA_SETS["csgo"]).shape == (1, 2, 150, 280, 3)
+    assert for_metrics(fitted[None], (150, 280), (150, 280)).shape == (1, 2, 150, 280, 3)
     rt1 = fit_frames(smooth[:, :, :187], 320, 512)  # the aspect of 256×320
-    assert np.array_equal(data.as_compared(rt1, DATA_SETS["rt1"]), rt1)
+    assert np.array_equal(for_metrics(rt1, (256, 320), None), rt1)
     assert cut_bars(rt1, (256, 320)).shape == (2, 320, 400, 3)
 
 

@@ -16,42 +16,16 @@ from bundled.bundle_checkpoint import bundle_base, bundle_world
 from bundled.tune_decoder import tune_decoder
 from data import SAMPLES, open_episodes
 from dynamicrafter.checkpoint import read_checkpoint
-from evaluation import (
-    ablations,
-    baselines,
-    causality,
-    contact,
-    controllability,
-    drift,
-    evaluate,
-    game,
-    metrics,
-    policies,
-    speed,
-    transfers,
-)
-from model.saving import (
-    ARENA_WORLD,
-    TINY_BASE,
-    TINY_WORLD,
-    from_dynamicrafter,
-    load_model,
-)
+from evaluation import (ablations, baselines, causality, contact, controllability, drift, evaluate,
+                        game, metrics, policies, speed, transfers)
+from model.saving import (ARENA_WORLD, TINY_BASE, TINY_WORLD, from_dynamicrafter, load_model)
 from model.vid2world import PRESETS
 from play import __main__ as play
 from testing.commands import folder, free_port, raises, refused, run_command
-from testing.episodes import (
-    make_episode,
-    make_rt1,
-)
-from testing.golden import (
-    error_of,
-)
+from testing.episodes import (make_episode, make_rt1)
+from testing.golden import (error_of)
 from testing.networks import small_networks
-from testing.worlds import (
-    small_preset,
-    train_words,
-)
+from testing.worlds import (small_preset, train_words)
 
 HERE = Path(__file__).parent.parent
 
@@ -175,9 +149,9 @@ def test_the_bundled_world_predicts_what_actions_do():
     episodes = open_episodes("rt1", SAMPLES, "val").where(np.arange(3))
     world = sample.load_world(TINY_WORLD, guidance=1.0, steps=2)
     (frames, actions), = evaluate.read_batches(episodes, 10, 3, world.model.config)
-    tally = evaluate.evaluate(world, episodes, frames=10, context=1, batch=3)
+    tally = evaluate.evaluate(world, episodes, frames=10, context_frames=1, batch=3)
     right, repeating = (tally.sums[name].mean() / 3 for name in ("psnr", "psnr of repeating"))
-    others = evaluate.imagine(world, frames, np.roll(actions, 1, axis=0)[:, :-1])
+    others = evaluate.rollout_batch(world, frames, np.roll(actions, 1, axis=0)[:, :-1])
     misled = metrics.psnr(others, frames)[:, 1:].mean()
     assert tally.sums["psnr"].shape == (9,)
     assert right > repeating + 4 and right > misled + 4, (right, repeating, misled)
@@ -186,7 +160,7 @@ def test_the_bundled_world_predicts_what_actions_do():
 def test_the_bundled_game_beats_standing_still():
     episodes = open_episodes("csgo", SAMPLES, "val").where(np.array([0, 1, 2]))
     world = sample.load_world(ARENA_WORLD)
-    tally = evaluate.evaluate(world, episodes, frames=12, context=4, batch=3)
+    tally = evaluate.evaluate(world, episodes, frames=12, context_frames=4, batch=3)
     imagined, repeating = (tally.sums[name].mean() / 3 for name in ("psnr", "psnr of repeating"))
     assert imagined > repeating + 2, (imagined, repeating)
 
@@ -301,8 +275,8 @@ def test_commands_refuse_bad_words_in_a_sentence():
     sample.load_world_model = lambda path: model  # once is enough
     for words, saying in (
             (["--seed", 2**64], "between 0 and 2.63"), (["--out", "a\0b"], "null byte"),
-            (["--frames", 1], "leave a frame to imagine"),
-            (["--context", 0], "context is 0"), (["--episode", -1], "episode is -1"),
+            (["--frames", 1], "leave a frame to predict"),
+            (["--context", 0], "context-frames is 0"), (["--episode", -1], "episode is -1"),
             (["--steps", 0], "steps is 0"),
             (["--eta", 2], "eta is 2"), (["--guidance", "nan"], "guidance is nan"),
             (["--steps", "x"], "invalid int"), (["--episode", 99], "no episode 99"),

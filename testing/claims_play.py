@@ -16,9 +16,7 @@ import data
 from data import SAMPLES, open_episodes
 from play.server import PlayServer
 from testing.player import Player, picture_of, play_server
-from testing.worlds import (
-    small_world,
-)
+from testing.worlds import (small_world)
 
 HERE = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from data import DATA_SETS
-from episodes.actions import csgo_action
+from episodes.csgo import csgo_action
 from episodes.tfrecord import encode_example, write_records
 from testing.commands import folder
 

@@ -13,8 +13,7 @@ from model.saving import frozen_weights, save, trained_weights
 from model.vid2world import Model
 from sample import WorldModel, rollout
 from support.errors import DataError, DivergedError
-from support.pictures import save_strip
-from support.psnr import psnr
+from support.pictures import psnr, save_strip
 from training.run_folder import Claim, Log
 from training.settings import Settings
 from training.sharding import gather

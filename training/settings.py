@@ -127,15 +127,14 @@ def complete(settings: Settings) -> None:
                  "val_clips", "sample_every"):
         if getattr(settings, name) < 1:
             raise RequestError(f"{name} is {getattr(settings, name)}; it must be at least 1")
-    if settings.fps is not None and (settings.data != "folder" or not settings.fps > 0):
+    own = DATA_SETS[settings.data].needs_root
+    if settings.fps is not None and not (own and settings.fps > 0):
         raise RequestError(f"fps is {settings.fps:g}; it must be above 0, and is for --data folder")
     for name, known in (("loss_weighting", ("velocity", "x0")), ("norm_scope", NORM_SCOPES),
                         ("action_init", ("pytorch", "he"))):
         if getattr(settings, name) not in known:
             raise RequestError(f"{name} is {getattr(settings, name)!r}; it must be one of "
                                f"{', '.join(known)}")
-    if settings.workers < 0:
-        raise RequestError(f"workers is {settings.workers}; it must be at least 0")
     multiple = smallest_side(preset)
     if any(side < 1 or side % multiple for side in settings.size):
         raise RequestError(f"size is {settings.size}; height and width must be multiples of "
@@ -153,7 +152,7 @@ def smallest_side(preset: ModelConfig) -> int:
 def small_size(settings: Settings) -> list[int]:
     """64 pixels high, and about as wide as the data set's aspect asks for."""
     dataset = DATA_SETS[settings.data]
-    if settings.data in ("folder", "csgo"):  # whose frames may be of any size
+    if dataset.details:  # its frames may be of any size
         dataset = open_episodes(settings.data, settings.root, fps=settings.fps).dataset
     (height, width), multiple = dataset.aspect, smallest_side(PRESETS[settings.preset])
     return [64, multiple * max(1, round(64 * width / height / multiple))]

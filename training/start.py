@@ -12,28 +12,14 @@ from torch import nn
 
 from causal_attention import TemporalTransformer
 from causal_conv import TemporalConvBlock
-from data import (
-    SAMPLES,
-    Clips,
-    DataSet,
-    Episodes,
-    action_statistics,
-    default_root,
-    open_episodes,
-    random_frames,
-)
+from data import (SAMPLES, Clips, DataSet, Episodes, action_statistics, default_root, open_episodes,
+                  random_frames)
 from dynamicrafter.checkpoint import read_checkpoint
 from dynamicrafter.resampler import Resampler
 from model.device import slow_in_half
 from model.memory import recompute_activations
-from model.saving import (
-    TINY_BASE,
-    from_dynamicrafter,
-    from_world,
-    is_world,
-    load_model,
-    readable_path,
-)
+from model.saving import (TINY_BASE, from_dynamicrafter, from_world, is_world, load_model,
+                          readable_path)
 from model.vid2world import PRESETS, TUNED_SAMPLING, Model, to_pixels
 from support.errors import DataError
 from training.run_folder import Claim, check_folder, clear_folder, write_settings
@@ -124,8 +110,7 @@ def begin_folder(settings: Settings, model: Model, episodes: Episodes, saved: di
 def build_model(settings: Settings, dataset: DataSet) -> Model:
     """From a passive model or another world (`--base`), or random."""
     config = PRESETS[settings.preset]
-    unet = replace(config.unet, default_fps=dataset.network_fps,
-                   action_init=settings.action_init)
+    unet = replace(config.unet, default_fps=dataset.network_fps, action_init=settings.action_init)
     if not settings.passive:
         unet = replace(unet, causal=True, norm_scope=settings.norm_scope,
                        action_dim=dataset.action_dim)

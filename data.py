@@ -31,7 +31,7 @@ from episodes.formats import episode_name, format_of
 from episodes.frames import augment, fit_frames
 from episodes.images import decode_all
 from episodes.index import choose_split, find_files, list_files, load_index
-from episodes.own import describe_folder, mention_bare
+from episodes.own import describe_folder, warn_without_actions
 from model.saving import ARENA_WORLD, TINY_WORLD
 from support.errors import DataError, reading
 
@@ -208,10 +208,10 @@ class Episodes(Sequence):
     """Episodes of one data set, found by an index; an item is read only when it is looked into."""
 
     def __init__(self, dataset: DataSet, paths: list[Path], records: np.ndarray, short: int = 0,
-                 damaged: int = 0, complaints: Sequence[str] = ()):
+                 damaged: int = 0, problems: Sequence[str] = ()):
         self.dataset, self.paths, self.records = dataset, paths, records
         self.short, self.damaged = short, damaged  # how many were left out, and why
-        self.complaints = complaints  # what is wrong with the first of the damaged ones
+        self.problems = problems  # what is wrong with the first of the damaged ones
 
     @property
     def lengths(self) -> np.ndarray:
@@ -224,9 +224,9 @@ class Episodes(Sequence):
         file, *record = map(int, self.records[i])
         return Episode(self.dataset, self.paths[file], *record)
 
-    def where(self, keep: np.ndarray) -> "Episodes":
+    def select(self, keep: np.ndarray) -> "Episodes":
         return Episodes(self.dataset, self.paths, self.records[keep], self.short, self.damaged,
-                        self.complaints)
+                        self.problems)
 
 
 def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
@@ -250,7 +250,7 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     root = Path(root or default_root(name))
     listing = list_files(root)
     if dataset.needs_root:
-        mention_bare(listing)
+        warn_without_actions(listing)
     paths = find_files(root, listing, dataset.shards, dataset.files, dataset.expected)
     if dataset.details:
         dataset = replace(dataset, **dataset.details(root, paths, fps))
@@ -261,14 +261,14 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     records = choose_split(paths, records, split, dataset.held_out, dataset.protocol, min_length)
     lengths = records[:, 4]
     whole = Episodes(dataset, paths, records)
-    damaged = [complain(whole[i]) for i in np.flatnonzero(lengths < 0)[:3]]
+    damaged = [describe_damage(whole[i]) for i in np.flatnonzero(lengths < 0)[:3]]
     episodes = Episodes(dataset, paths, records[lengths >= max(min_length, 1)],
                         short=int(((lengths >= 0) & (lengths < min_length)).sum()),
-                        damaged=int((lengths < 0).sum()), complaints=damaged)
+                        damaged=int((lengths < 0).sum()), problems=damaged)
     if not len(episodes):
         longest = lengths.max(initial=0)
         advice = f"; the longest has {longest}, so ask for clips of at most that"
-        advice = advice if longest > 0 else "".join(f"; {complaint}" for complaint in damaged)
+        advice = advice if longest > 0 else "".join(f"; {problem}" for problem in damaged)
         if len(paths) == 1 and not len(records):
             advice = "; it holds one episode, and to learn and to measure takes at least two"
         raise DataError(f"no episode of {name} in {root} (split {split!r}) can be used: "
@@ -277,7 +277,7 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     return episodes
 
 
-def complain(episode: Episode) -> str:
+def describe_damage(episode: Episode) -> str:
     """What is wrong with an episode that the index calls damaged."""
     try:
         episode.open(0, 1)
@@ -303,7 +303,7 @@ def default_root(name: str) -> Path:
 
 
 def action_statistics(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of every number of an action, float64 [A] each, over whole episodes.
+    """Mean and standard deviation of every action dimension, float64 [A] each, over whole episodes.
 
     A damaged episode counts for nothing. Raises DataError if all are.
     """

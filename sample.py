@@ -27,7 +27,6 @@ takes the frame before along: steps + 1 frames to compute, however long the hist
 
 Paper: section 4.2 and Algorithm 2 (action-guided, autoregressive sampling); settings in B.4.
 """
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -47,8 +46,8 @@ from diffusion_forcing import LEVELS, rollout_levels
 from episodes.frames import for_metrics
 from episodes.npz import read_npy
 from model.device import best_device
-from model.memory import keep_freed_memory
-from model.saving import ARENA_WORLD, TINY_WORLD, load_world_model, readable_path
+from model.memory import keep_malloc_heap
+from model.saving import ARENA_WORLD, TINY_WORLD, load_world_model, display_path
 from model.vid2world import Model, to_frames, to_pixels
 from support.errors import CheckpointError, DataError, RequestError
 from support.options import option, program
@@ -366,7 +365,7 @@ def load_world(checkpoint: str | Path, device: str | torch.device | None = None,
 
     Raises CheckpointError for a file that cannot be used, RequestError for options out of range.
     """
-    keep_freed_memory()
+    keep_malloc_heap()
     return WorldModel(load_world_model(checkpoint).to(device or best_device()), **options)
 
 
@@ -400,13 +399,13 @@ class Settings:
     repeat_action: list[float] | None = option(
         None, "repeat one action: these numbers, or the episode's first", type=float, nargs="*")
     guidance: float | None = option(
-        None, "1 follows the action as trained, more exaggerates it", type=float)
+        None, "1 follows the action as trained, more amplifies it", type=float)
     guidance_levels: list[int] | None = option(
         None, "noise levels at which guidance applies", type=int, nargs=2, least=0,
         metavar=("LOW", "HIGH"))
     steps: int | None = option(None, "denoising steps per frame", type=int)
     eta: float | None = option(None, "fresh noise per step, 0 to 1", type=float)
-    seed: int = option(0, "of all noise", least=0)
+    seed: int = option(0, "random seed", least=0)
     out: str = option("rollouts", "folder for the pictures")
 
 
@@ -439,8 +438,8 @@ def open_data(settings: Settings, model: Model) -> tuple[str, Episodes]:
         what = f"was trained on {name!r}, no data set here" if name else "names no data set"
         raise CheckpointError(f"{path} {what}: name one (--data, --root)")
     root = settings.root or trained_on.get("root") or default_root(name)
-    print(f"world: {readable_path(path, TINY_WORLD, ARENA_WORLD)}, data: {name} from "
-          f"{readable_path(root, SAMPLES)}")
+    print(f"world: {display_path(path, TINY_WORLD, ARENA_WORLD)}, data: {name} from "
+          f"{display_path(root, SAMPLES)}")
     same = str(Path(root).resolve()) == trained_on.get("root")
     episodes = open_episodes(name, root, "val", fps=trained_on.get("fps") if same else None)
     compare_actions(name, episodes.dataset, model, trained_on.get("names"))
@@ -500,8 +499,7 @@ def run(settings: Settings) -> None:
         print(f"mean of {len(ours)} imagined frames: {ours.mean():.2f} dB (repeating: "
               f"{repeating.mean():.2f})")
 
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     stem = out / f"{name}_val{settings.episode}_guidance{world.sampling.guidance:g}"
     taken = [describe_action(dataset, action) for action in actions[context_frames - 1 :]]
     captions = [""] * context_frames + taken  # what led to each frame
@@ -510,9 +508,6 @@ def run(settings: Settings) -> None:
     print(f"pictures: {stem}.png, {stem}.gif")
 
 
-main = program("sample.py", run, Settings, "Roll a world model out on an episode's actions or "
-               "others. What is left out comes from the checkpoint or the data set. To drive a "
-               "world: python -m play")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "sample.py", run, Settings, "Roll a world model out on an episode's "
+               "actions or others. What is left out comes from the checkpoint or the data set. To "
+               "drive a world: python -m play")

@@ -1136,7 +1136,7 @@ def test_a_signal_to_the_whole_process_group_saves_the_run():
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGTERM)
     printed, _ = run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGTERM and "go on:" in printed, printed
+    assert run.returncode == 128 + signal.SIGTERM and "resume:" in printed, printed
     assert read_checkpoint(out / "checkpoint.pt")["step"] == len(losses(out)) >= 3
 
 

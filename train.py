@@ -36,8 +36,8 @@ from tqdm import tqdm
 from action_guidance import align_actions, drop_actions
 from data import Clips, Episodes, collate, require_clips
 from diffusion_forcing import diffusion_forcing_loss, draw_levels
-from model.device import quick_attention
-from model.memory import halve_frozen, keep_freed_memory
+from model.device import math_attention_on_cpu
+from model.memory import frozen_to_bf16, keep_malloc_heap
 from model.vid2world import Model, to_pixels
 from support.errors import CheckpointError, reading, require_finite
 from support.options import command
@@ -124,9 +124,9 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
     """Train until settings.steps or until a signal; returns the exit code.
 
     Raises DataError, CheckpointError or RequestError for what a run cannot start from,
-    DivergedError where the loss is no finite number.
+    DivergedError where the loss is not a finite number.
     """
-    keep_freed_memory()
+    keep_malloc_heap()
     rank, processes, device = join_processes()
     model, clips, held_out, saved, claim = prepare(settings, recipe, rank, device)
     loss_class = recipe.loss or PostTraining
@@ -147,9 +147,9 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
         validation = partial(validate, model, held_out, settings, loss_class)
         recorder = Recorder(settings, model, optimizer, held_out, validation, start, claim)
     if settings.bf16:
-        halve_frozen(model)
+        frozen_to_bf16(model)
 
-    quick = quick_attention(device, settings.bf16, model.config.small)
+    quick = math_attention_on_cpu(device, settings.bf16, model.config.small)
     with stop_on_signals() as stop, quick:
         batches = load_batches(clips, settings, start, rank, processes)
         bar = tqdm(range(start, settings.steps), "training", settings.steps, initial=start,
@@ -164,7 +164,7 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
             loss, stopping = across_processes(loss, bool(stop), device)
             require_finite(f"step {step + 1}: the loss and the gradient's length", loss + length,
                            f"{settings.out} keeps its last checkpoint: python train.py --resume "
-                           f"--out {settings.out} --lr {settings.lr / 4:g} goes on from there")
+                           f"--out {settings.out} --lr {settings.lr / 4:g} resumes from there")
             optimizer.step()
             optimizer.zero_grad()  # frees the gradients before the next forward pass needs memory
             if recorder:

@@ -190,7 +190,7 @@ class UNet(nn.Module):
                 layers += [SpatialTransformer(channels, config), temporal(channels)]
             return layers
 
-        # Down. Every block's output is a skip connection, so remember how wide each is.
+        # Down. Every block's output is a skip connection, so note how wide each is.
         first = InputConv(config.in_channels, width, 3, padding=1)
         self.input_blocks = nn.ModuleList([nn.ModuleList([first])])
         self.init_attn = nn.ModuleList([temporal(width, heads=8, projection=PointwiseConv1d)])
@@ -335,7 +335,7 @@ def load_dynamicrafter(checkpoint: Checkpoint, config: UNetConfig, transfer: str
     Says in one line what it did. Raises CheckpointError for a file that does not fit.
     """
     source = source or checkpoint
-    weights = unet_weights(checkpoint)
+    weights = select(read_lightning(checkpoint), UNET)
     if any(".conv3d." in name for name in weights):
         raise CheckpointError(f"{source} is a Vid2World checkpoint, already causal: read it with "
                               "load_vid2world")
@@ -370,15 +370,11 @@ def load_vid2world(checkpoint: Checkpoint, config: UNetConfig, source: str | Pat
     """
     # Their causal convolutions wrap PyTorch's, which puts an infix into the names.
     weights = {name.replace(".conv3d.", ".").replace(".conv2d.", "."): weight
-               for name, weight in unet_weights(checkpoint).items()}
+               for name, weight in select(read_lightning(checkpoint), UNET).items()}
     table = "action_emb_preprocess.weight" in weights
     with torch.device("meta"):
         network = UNet(replace(config, causal=True, height_causal_out=True, action_table=table))
     return load_weights(network, weights, str(source or checkpoint))
-
-
-def unet_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    return select(checkpoint if isinstance(checkpoint, dict) else read_lightning(checkpoint), UNET)
 
 
 def init_action_embedding(network: UNet) -> dict[str, Tensor]:
@@ -402,7 +398,7 @@ def leaks(scope: str, frames: int = 4, config: UNetConfig = LEAK_TEST,
           pixels: int = 8) -> list[float]:
     """By what share of its norm each frame's output moves when only the last input frame changes.
 
-    The network is causal but for its norms of this scope. Its weights are random everywhere: the
+    The network is causal except for norms of this scope. Its weights are random everywhere: the
     zeros of a new network would hide a leak.
     """
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Steering by fine-tuning: every frame's action is added to its time embedding, and all learns.
+"""Steering by fine-tuning: every frame's action is added to its time embedding; all weights train.
 
     python -m baselines.action_finetuning --data rt1 --out runs/action
 
@@ -8,14 +8,12 @@ neither a rollout nor guidance:
 
     embedding of frame t = time(k) + fps + Linear(SiLU(Linear(action that led to t)))
 """
-import sys
 from dataclasses import replace
-from functools import partial
 
 from torch import nn
 
 from action_guidance import HeLinear
-from baselines.clips import adopt, base_of, train_baseline
+from baselines.clips import copy_base_weights, base_of, baseline
 from data import DataSet
 from model.vid2world import Model, ModelConfig
 from training.settings import Settings
@@ -37,12 +35,9 @@ def build(settings: Settings, dataset: DataSet) -> ActionModel:
     base = base_of(settings, dataset)
     unet = replace(base.config.unet, action_dim=dataset.action_dim)
     model = ActionModel(replace(base.config, unet=unet))
-    adopt(model, base, new="action_emb_proj.")
+    copy_base_weights(model, base, new="action_emb_proj.")
     return model
 
 
 RECIPE = Recipe(build, ActionModel)
-main = partial(train_baseline, RECIPE)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = baseline(__name__, lambda settings: RECIPE)

@@ -15,15 +15,13 @@ each is, what is seen there, and how both have changed since the frame before. E
 action is in one of three bins, below zero, about it, and above. Pure noise is not corrected: ᾱ = 0.
 """
 import copy
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from baselines.clips import Velocity, adopt, base_of, train_baseline
+from baselines.clips import Velocity, copy_base_weights, base_of, baseline
 from data import DataSet
 from model.vid2world import Model, ModelConfig, to_pixels
 from training.settings import Settings
@@ -64,7 +62,7 @@ class Classifier(nn.Module):
 
 
 def bins_of(actions: Tensor) -> Tensor:
-    """The bin of each number of actions [B, T, A], but for the last, which leads beyond the clip:
+    """The bin of each number of actions [B, T, A], except the last, which leads beyond the clip:
     [B, T - 1, A]."""
     return torch.bucketize(actions[:, :-1].contiguous(), torch.tensor(EDGES, device=actions.device))
 
@@ -130,7 +128,7 @@ def build(settings: Settings, dataset: DataSet) -> ClassifiedModel:
     base = base_of(settings, dataset)
     unet = replace(base.config.unet, action_dim=dataset.action_dim)
     model = ClassifiedModel(replace(base.config, unet=unet))
-    adopt(model, base, new="classifier.")
+    copy_base_weights(model, base, new="classifier.")
     classifier = model.unet.classifier
     for name in ("input_blocks", "init_attn"):
         part = getattr(classifier, name)
@@ -141,7 +139,4 @@ def build(settings: Settings, dataset: DataSet) -> ClassifiedModel:
 
 
 RECIPE = Recipe(build, ClassifiedModel, ClassifierTraining)
-main = partial(train_baseline, RECIPE)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = baseline(__name__, lambda settings: RECIPE)

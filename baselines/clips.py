@@ -37,7 +37,7 @@ def base_of(settings: Settings, dataset: DataSet) -> Model:
     return from_dynamicrafter(settings.base, config)
 
 
-def adopt(model: Model, base: Model, new: str | tuple[str, ...] = ()) -> None:
+def copy_base_weights(model: Model, base: Model, new: str | tuple[str, ...] = ()) -> None:
     """Give a model the weights of its base; only those of its U-Net that begin with `new` are
     its own. What is frozen in the base is frozen in the model."""
     for name in ("autoencoder", "image_tower", "resampler"):
@@ -49,15 +49,18 @@ def adopt(model: Model, base: Model, new: str | tuple[str, ...] = ()) -> None:
         part.requires_grad_(False)
 
 
-def train_baseline(recipe: Recipe | Callable[[Settings], Recipe],
-                   argv: Sequence[str] | None = None) -> int:
-    """The command of a baseline: options of train.py, one level a clip, no action hidden."""
-    def run() -> int:
-        settings = parse_arguments(argv)
-        chosen = recipe if isinstance(recipe, Recipe) else recipe(settings)
-        return train(replace(settings, shared_level=True, action_dropout=0.0), chosen)
+def baseline(module: str, recipe: Callable[[Settings], Recipe]) -> Callable:
+    """The `main` of a baseline, as `support.options.program` makes one: options of train.py, one
+    level a clip, no action hidden. `recipe` says what is trained, from the settings."""
+    def main(argv: Sequence[str] | None = None) -> int:
+        def run() -> int:
+            settings = parse_arguments(argv)
+            chosen = replace(settings, shared_level=True, action_dropout=0.0)
+            return train(chosen, recipe(settings))
 
-    return command(Path(sys.argv[0]).stem, run)
+        return command(Path(sys.argv[0]).stem, run)
+
+    return sys.exit(main()) if module == "__main__" else main
 
 
 @torch.no_grad()  # and not inference_mode: a classifier asks for gradients on the way

@@ -1,4 +1,4 @@
-"""Steering from outside: the base stays as it is, and a copy of half of it whispers into the rest.
+"""Steering from outside: a trainable copy of the encoder adds to the frozen decoder's skips.
 
     python -m baselines.controlnet --data rt1 --out runs/controlnet
 
@@ -7,21 +7,19 @@ carries the action. What it makes passes convolutions that start at zero, and is
 connections and to the middle of the frozen base:
 
     x ─▶ encoder ──skips──┬──▶ decoder ─▶ v        frozen
-     └─▶ copy ──zero conv─┘                        learns
+     └─▶ copy ──zero conv─┘                        trained
           ▲ action
 
 Before the first step the sum is the base's own output, exactly.
 """
 import copy
-import sys
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from action_guidance import action_embedding
-from baselines.clips import adopt, base_of, train_baseline
+from baselines.clips import copy_base_weights, base_of, baseline
 from data import DataSet
 from dynamicrafter.layers import zero_init
 from model.vid2world import Model, ModelConfig
@@ -55,7 +53,7 @@ class ControlledUNet(UNet):
         self.copy, self.action_dim = Copy(self, action_dim), action_dim
 
     def begin(self) -> None:
-        """The copy starts as the base is now; the base learns no more."""
+        """The copy starts as the base is now; the base is frozen."""
         for name, part in self.copy.named_children():
             if hasattr(self, name):
                 part.load_state_dict(getattr(self, name).state_dict())
@@ -95,14 +93,11 @@ def build(settings: Settings, dataset: DataSet) -> ControlledModel:
     base = base_of(settings, dataset)
     unet = replace(base.config.unet, action_dim=dataset.action_dim)
     model = ControlledModel(replace(base.config, unet=unet))
-    adopt(model, base, new="copy.")
+    copy_base_weights(model, base, new="copy.")
     model.requires_grad_(False)
     model.unet.begin()
     return model
 
 
 RECIPE = Recipe(build, ControlledModel)
-main = partial(train_baseline, RECIPE)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = baseline(__name__, lambda settings: RECIPE)

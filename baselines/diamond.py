@@ -11,7 +11,7 @@ them as a vector that scales and shifts every normalised feature map:
     noisy frame  t           ┴▶ 15 channels ─▶ U-Net ◀─ scale and shift ┴ noise levels
 
 Its diffusion is EDM's (Karras et al. 2022): frame + σ · noise, for any σ, and a network whose input
-and output are scaled so that both have unit deviation whatever σ is.
+and output are scaled so that both have unit variance whatever σ is.
 
 Two things keep a rollout from drifting away. In training a clip goes on from the network's own
 predictions, as a rollout does. And the past frames are given with noise as well, whose level the
@@ -32,7 +32,7 @@ from model.vid2world import to_frames, to_pixels
 from support.errors import RequestError
 
 PAST = 4  # frames that the network sees
-SIGMA_DATA, OFFSET = 0.5, 0.1  # deviation of pixels; noise that a whole colour channel shares
+SIGMA_DATA, OFFSET = 0.5, 0.1  # standard deviation of pixels; noise shared by a colour channel
 STEPS = {"fast": 1, "hq": 3}
 
 
@@ -230,7 +230,7 @@ class DiamondWorld:
         """Take an action [B, A]; gives the next frame, uint8 [B, H, W, 3]."""
         actions = torch.cat([self.actions, torch.from_numpy(action).float()[:, None]], dim=1)
         B, _, _, H, W = self.past.shape
-        # as published: noise of deviation 1, though the first level is 5
+        # as published: noise of standard deviation 1, though the first level is 5
         x = torch.randn(B, 3, H, W, generator=self.generator)
         past_sigma = torch.full((B,), self.past_noise)
         levels = noise_levels(self.steps)

@@ -13,15 +13,13 @@ learns a table of words.
 To `train.py`'s loop a caption is an action like any other: a row of token numbers, the same at
 every frame.
 """
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
 
-from baselines.clips import adopt, base_of, train_baseline
+from baselines.clips import copy_base_weights, base_of, baseline
 from data import DataSet, Episode, Episodes
 from dynamicrafter.checkpoint import load_part, read_lightning
 from dynamicrafter.clip import TextTower
@@ -79,7 +77,7 @@ class CaptionedEpisodes(Episodes):
 
     def __init__(self, episodes: Episodes, tokenizer: Callable[[str], np.ndarray] | None = None):
         super().__init__(episodes.dataset, episodes.paths, episodes.records, episodes.short,
-                         episodes.damaged, episodes.complaints)
+                         episodes.damaged, episodes.problems)
         self.tokenizer = tokenizer
 
     def __getitem__(self, i: int) -> Captioned:
@@ -118,7 +116,7 @@ def build(settings: Settings, dataset: DataSet) -> LanguageModel:
     width = LENGTH if base.config.text_tower else MOST
     unet = replace(base.config.unet, action_dim=width)
     model = LanguageModel(replace(base.config, unet=unet))
-    adopt(model, base)
+    copy_base_weights(model, base)
     if base.config.text_tower:
         model.tower = load_part(TextTower, base.config.text_tower, read_lightning(settings.base),
                                 "cond_stage_model.model.", settings.base)
@@ -133,7 +131,4 @@ def recipe(small: bool = True) -> Recipe:
                   wrap_episodes=lambda episodes: CaptionedEpisodes(episodes, tokenizer))
 
 
-main = partial(train_baseline, lambda settings: recipe(PRESETS[settings.preset].small))
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = baseline(__name__, lambda settings: recipe(PRESETS[settings.preset].small))

@@ -1,5 +1,4 @@
 """Train DIAMOND (baselines/diamond.py) for so many minutes, or roll it out."""
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -90,7 +89,7 @@ def load_diamond(path: str | Path) -> Diamond:
     """A network that `train` saved. Raises CheckpointError."""
     content = read_checkpoint(path)
     if "diamond" not in content:
-        raise CheckpointError(f"{path} is no checkpoint of baselines/train_diamond.py")
+        raise CheckpointError(f"{path} is not a checkpoint of baselines/train_diamond.py")
     with reading(path, CheckpointError):
         network = Diamond(conform(DiamondConfig, content["diamond"], "diamond"))
         return load_weights(network, content["weights"], str(path))
@@ -129,8 +128,4 @@ def run(settings: Settings) -> None:
     {"train": train, "sample": sample}[settings.what](settings)
 
 
-main = program("train_diamond", run, Settings, "Train DIAMOND, or roll it out.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "train_diamond", run, Settings, "Train DIAMOND, or roll it out.")

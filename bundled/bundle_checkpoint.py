@@ -8,18 +8,16 @@ A base is laid out as DynamiCrafter's own checkpoint, so that `train.py --base` 
 world holds everything, or, with --base, lies beside the base that it was trained from, which holds
 the parts that stayed as they were.
 """
-import argparse
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dynamicrafter.checkpoint import read_checkpoint
-from model.saving import PARTS, PREFIXES, by_our_names, load_model, preset_of, save
+from model.saving import PARTS, PREFIXES, rename_keys, load_model, preset_of, save
 from model.vid2world import TUNED_SAMPLING
-from support.errors import CheckpointError
+from support.options import argument, option, program
 
 
 def half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -36,7 +34,7 @@ def bundle_base(run: Path, out: Path) -> None:
 
 def bundle_world(run: Path, out: Path, beside: str | None) -> None:
     content, world = read_checkpoint(run / "checkpoint.pt"), load_model(run).state_dict()
-    base = by_our_names(read_checkpoint(out.with_name(beside))["state_dict"]) if beside else {}
+    base = rename_keys(read_checkpoint(out.with_name(beside))["state_dict"]) if beside else {}
     changed = {name for name, tensor in world.items()
                if name not in base or not torch.equal(tensor, base[name].float())}
     learned = tuple(part for part in PARTS if any(name.startswith(part) for name in changed))
@@ -49,19 +47,22 @@ def bundle_world(run: Path, out: Path, beside: str | None) -> None:
                "step": content["step"]})
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make a bundled checkpoint of a run.")
-    parser.add_argument("what", choices=["base", "world"])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--base", help="name of the bundled base beside a world")
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if args.what == "base":
-            bundle_base(args.run, args.out)
-        else:
-            bundle_world(args.run, args.out, args.base)
-        print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
-    except CheckpointError as error:
-        sys.exit(f"bundle_checkpoint: {error}")
+@dataclass
+class Settings:
+    what: str = argument("what to make of it", choices=("base", "world"))
+    run: str = argument("folder of a run")
+    out: str = argument("checkpoint to write")
+    base: str | None = option(None, "name of the bundled base next to a world")
+
+
+def bundle(settings: Settings) -> None:
+    run, out = Path(settings.run), Path(settings.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if settings.what == "base":
+        bundle_base(run, out)
+    else:
+        bundle_world(run, out, settings.base)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+main = program(__name__, "bundle_checkpoint", bundle, Settings, "Make a bundled checkpoint.")

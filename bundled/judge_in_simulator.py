@@ -4,7 +4,7 @@
 every policy what it did and how far the drawer was open at every frame: the truth that
 evaluation/policies.py is compared with.
 """
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from bundled.record_drawer import Simulator
 from bundled.train_policies import TASK, begin, hold, opening
 from evaluation.policies import CLOSED, HORIZON, POLICIES, STARTS, load_policies
 from evaluation.readers import FrameReader
+from support.options import option, program
 
 
 def judge(simulator: Simulator, policy: FrameReader, seed: int
@@ -29,28 +30,29 @@ def judge(simulator: Simulator, policy: FrameReader, seed: int
     return np.stack(frames), np.stack(actions), openings
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Judge the policies in the simulator.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--starts", type=int, default=50)
-    parser.add_argument("--policies", type=Path, default=POLICIES)
-    parser.add_argument("--out", type=Path, default=STARTS)
-    args = parser.parse_args()
-    simulator, (policies, verifier) = Simulator(TASK), load_policies(args.policies)
+@dataclass
+class Settings:
+    starts: int = option(50, "of every policy")
+    policies: str = option(str(POLICIES), "file of the policies")
+    out: str = option(str(STARTS), "file for their true outcomes")
+
+
+def run(settings: Settings) -> None:
+    simulator = Simulator(TASK)
+    policies, verifier = load_policies(Path(settings.policies))
     truth: dict[str, np.ndarray] = {}
     agree = []
     for name, policy in policies.items():
-        runs = [judge(simulator, policy, seed) for seed in tqdm(range(args.starts), name)]
+        runs = [judge(simulator, policy, seed) for seed in tqdm(range(settings.starts), name)]
         frames, actions, openings = (np.stack(each) for each in zip(*runs, strict=True))
         truth |= {"frames": frames[:, 0], name: openings.astype(np.float32),
                   f"{name}, actions": actions.astype(np.float32)}
         closed = openings[:, -1] < CLOSED
         agree.append((verifier.opening(frames[:, -1]) < CLOSED) == closed)
-        print(f"{name}: {100 * closed.mean():.0f} % of {args.starts} closed", flush=True)
-    print(f"the verifier agrees with the simulator on {100 * np.mean(agree):.1f} % of the ends")
-    np.savez_compressed(args.out, **truth)
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+        print(f"{name}: {100 * closed.mean():.0f} % of {settings.starts} closed", flush=True)
+    print(f"the classifier agrees with the simulator on {100 * np.mean(agree):.1f} % of the ends")
+    np.savez_compressed(settings.out, **truth)
+    print(f"{settings.out}: {Path(settings.out).stat().st_size / 1e6:.1f} MB")
 
 
-if __name__ == "__main__":
-    main()
+main = program(__name__, "judge_in_simulator", run, Settings, "Run the policies in the simulator.")

@@ -23,18 +23,21 @@ frame, in CS:GO's bins. What an action does must not be a habit, so episodes dif
 The maps are written here, as text; the game builds the rest. The player's true place (x, y in map
 units, and angle in degrees) is recorded beside each frame.
 """
-import argparse
 import json
 import tempfile
 import zlib
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from bundled import record_drawer
 from bundled.record_drawer import held, record_files, smooth_noise, to_jpeg
 from episodes.csgo import MOUSE_X, csgo_action
 from episodes.tfrecord import encode_example, write_records
+from support.options import option, program
 
 HEIGHT, WIDTH = 64, 80
 TICS = 4  # of the game, per frame
@@ -218,7 +221,16 @@ def record(game: Game, half: tuple[int, int], behaviour: str, random: np.random.
     return rows
 
 
-def record_file(args: argparse.Namespace, files: int, number: int) -> int:
+@dataclass
+class Settings(record_drawer.Settings):
+    world: str = option("arena", "what is recorded", choices=("arena", "others"))
+    episodes: int = option(32, "in all")
+    frames: int = option(40, "per episode")
+    per_file: int = option(12, "episodes per file")
+    out: str = option("recorded/arena", "folder for the files")
+
+
+def record_file(args: Settings, files: int, number: int) -> int:
     """Record file `number` of `files`, unless it is there; returns how many episodes it holds."""
     path = Path(args.out) / f"csgo_arena-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
     episodes = range(number * args.per_file, min((number + 1) * args.per_file, args.episodes))
@@ -242,18 +254,5 @@ def record_file(args: argparse.Namespace, files: int, number: int) -> int:
     return len(episodes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Record episodes of a walk through a hall.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--world", choices=["arena", "others"], default="arena")
-    parser.add_argument("--split", choices=["train", "val"], default="train")
-    parser.add_argument("--episodes", type=int, default=32)
-    parser.add_argument("--frames", type=int, default=40, help="per episode")
-    parser.add_argument("--per-file", type=int, default=12)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--processes", type=int, default=2, help="files recorded at a time")
-    record_files(record_file, parser.parse_args())
-
-
-if __name__ == "__main__":
-    main()
+main = program(__name__, "record_arena", partial(record_files, record_file), Settings,
+               "Record episodes of a walk through a hall.")

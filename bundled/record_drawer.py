@@ -33,11 +33,11 @@ stays within three centimetres of the hand, and an episode begins at rest.
 The episodes of a file are a function of the seed, the split and the file's number; files that exist
 already are left as they are.
 """
-import argparse
 import multiprocessing
 import os
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
@@ -47,6 +47,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from episodes.tfrecord import encode_example, write_records
+from support.options import option, program
 
 FRAMES, STEPS_PER_FRAME = 24, 6  # of an episode, if nothing is said; of the simulator, held
 HEIGHT, WIDTH = 64, 80  # of a recorded frame; rendered at twice that
@@ -58,11 +59,9 @@ WORLDS = {
     "drawer": ("drawer-close-v3", "drawer-open-v3"),
     "contact": ("drawer-close-v3",),
     "others": ("button-press-v3", "button-press-topdown-v3", "coffee-button-v3", "coffee-push-v3",
-               "dial-turn-v3",
-               "door-close-v3", "door-open-v3", "door-lock-v3", "faucet-open-v3", "faucet-close-v3",
-               "handle-press-v3",
-               "handle-pull-v3", "lever-pull-v3", "pick-place-v3", "plate-slide-v3", "push-v3",
-               "reach-v3", "soccer-v3",
+               "dial-turn-v3", "door-close-v3", "door-open-v3", "door-lock-v3", "faucet-open-v3",
+               "faucet-close-v3", "handle-press-v3", "handle-pull-v3", "lever-pull-v3",
+               "pick-place-v3", "plate-slide-v3", "push-v3", "reach-v3", "soccer-v3",
                "sweep-into-v3", "window-open-v3"),
 }
 BEHAVIOURS = ("expert", "random", "pause", "sweep")
@@ -127,8 +126,7 @@ class Simulator:
         return np.array(picture.resize((WIDTH, HEIGHT), Image.Resampling.BOX))
 
     def gripper(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where the fingertips are: position [3] in metres, and pixel [2] (x to the right, y down).
-        """
+        """Place of the fingertips: position [3] in metres, and pixel [2] (x right, y down)."""
         position = self.env.tcp_center
         offset = position - self.env.data.cam_xpos[self.camera]
         seen = self.env.data.cam_xmat[self.camera].reshape(3, 3).T @ offset
@@ -228,7 +226,19 @@ def simulator_of(task: str) -> Simulator:
     return Simulator(task)
 
 
-def record_file(args: argparse.Namespace, files: int, number: int) -> int:
+@dataclass
+class Settings:
+    world: str = option("drawer", "what is recorded", choices=WORLDS)
+    split: str = option("train", "of the data set", choices=("train", "val"))
+    episodes: int = option(1200, "in all")
+    frames: int = option(FRAMES, "per episode")
+    per_file: int = option(32, "episodes per file")
+    out: str = option("recorded/drawer", "folder for the files")
+    seed: int = option(0, "random seed", least=0)
+    processes: int = option(2, "files recorded at a time")
+
+
+def record_file(args: Settings, files: int, number: int) -> int:
     """Record file `number` of `files`, unless it is there; returns how many episodes it holds."""
     name = f"fractal20220817_data-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
     path = Path(args.out) / name
@@ -249,21 +259,7 @@ def record_file(args: argparse.Namespace, files: int, number: int) -> int:
     return len(episodes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Record episodes of a simulated robot arm.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--world", choices=WORLDS, default="drawer")
-    parser.add_argument("--split", choices=["train", "val"], default="train")
-    parser.add_argument("--episodes", type=int, default=1200)
-    parser.add_argument("--frames", type=int, default=FRAMES, help="per episode")
-    parser.add_argument("--per-file", type=int, default=32)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2, help="files recorded at a time")
-    record_files(record_file, parser.parse_args())
-
-
-def record_files(record_file: Callable, args: argparse.Namespace) -> None:
+def record_files(record_file: Callable, args: Settings) -> None:
     """All episodes, several files at a time: record_file(args, files, number) records one."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
     files = -(-args.episodes // args.per_file)
@@ -273,5 +269,5 @@ def record_files(record_file: Callable, args: argparse.Namespace) -> None:
             bar.update(recorded)
 
 
-if __name__ == "__main__":
-    main()
+main = program(__name__, "record_drawer", partial(record_files, record_file), Settings,
+               "Record episodes of a simulated robot arm.")

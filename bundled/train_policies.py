@@ -1,4 +1,4 @@
-"""Five policies that close a drawer, from hardly trained to converged, and the eye that judges.
+"""Five policies that close a drawer, from hardly trained to converged, and a success classifier.
 
     pip install metaworld mujoco packaging     (and Debian's libosmesa6, to render off-screen)
     python -m bundled.train_policies
@@ -8,10 +8,10 @@ do there. The expert is pushed off its way by noise while it is recorded, so tha
 to learn from of how to come back. Checkpoints of the run are policies of very different skill. Most
 are from its beginning: after a twentieth of it the drawer is closed six times out of seven.
 
-A second network reads off a frame how far the drawer is open: the verifier of
-evaluation/policies.py. It learns from the same frames and from some of the arm at random.
+A second network reads off a frame how far the drawer is open: the success
+classifier of evaluation/policies.py. It is trained on the same frames and on random motions.
 """
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from bundled.record_drawer import STEPS_PER_FRAME, Simulator, plan
 from evaluation.policies import MARKS, POLICIES, UNIT, policy_network, verifier_network
 from evaluation.readers import fit
 from model.saving import save
+from support.options import option, program
 
 TASK, FRAMES = "drawer-close-v3", 30
 OPEN = 0.06  # metres: an episode begins with the drawer open by at least as much
@@ -70,15 +71,16 @@ def record_all(path: Path, episodes: int) -> dict[str, np.ndarray]:
     return dict(np.load(path))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train policies and the verifier.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=200, help="of the expert")
-    parser.add_argument("--verifier-steps", type=int, default=4000)
-    parser.add_argument("--recorded", type=Path, default="recorded/policies.npz")
-    parser.add_argument("--out", type=Path, default=POLICIES)
-    args = parser.parse_args()
-    rows = record_all(args.recorded, args.episodes)
+@dataclass
+class Settings:
+    episodes: int = option(200, "of the expert", least=21)
+    verifier_steps: int = option(4000, "of the success classifier")
+    recorded: str = option("recorded/policies.npz", "file of what is recorded")
+    out: str = option(str(POLICIES), "file of the policies")
+
+
+def run(args: Settings) -> None:
+    rows = record_all(Path(args.recorded), args.episodes)
     held_out = 20  # the last episodes at random, and as many of the expert
 
     frames, actions = (rows[name][: args.episodes - held_out].reshape(-1, *shape) for name, shape
@@ -99,12 +101,11 @@ def main() -> None:
                   args.verifier_steps):
         pass
     off = 1000 * UNIT * np.abs(verifier.read(frames[tested]) - openings[tested])
-    print(f"the verifier is off by {off.mean():.1f} mm (95 % below {np.percentile(off, 95):.1f}) "
+    print(f"the classifier is off by {off.mean():.1f} mm (95 % below {np.percentile(off, 95):.1f}) "
           f"on {tested.sum()} held-out episodes")
     save(args.out, {"policies": weights, "verifier": {
         name: tensor.half() for name, tensor in verifier.state_dict().items()}})
-    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
 
 
-if __name__ == "__main__":
-    main()
+main = program(__name__, "train_policies", run, Settings, "Train policies and the classifier.")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import open_episodes, random_frames
 from dynamicrafter.checkpoint import read_checkpoint
-from model.memory import keep_freed_memory
+from model.memory import keep_malloc_heap
 from model.saving import load_model, save
 from model.vid2world import to_pixels
 from training.run_folder import read_settings
@@ -33,5 +33,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--bf16", action="store_true")
     args = parser.parse_args()
-    keep_freed_memory()
+    keep_malloc_heap()
     tune_decoder(args.run, args.steps, args.bf16)

@@ -85,8 +85,8 @@ def check_storages(path: Path, content: object) -> None:
 
     def note(name: str, tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise CheckpointError(f"{path}: {name[1:]} is no ordinary tensor (sparse, quantised or "
-                                  "without values); save it as one")
+            raise CheckpointError(f"{path}: {name[1:]} is not an ordinary tensor (but sparse, "
+                                  "quantised or without values)")
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = name[1:], storage.nbytes()
         return tensor
@@ -96,10 +96,10 @@ def check_storages(path: Path, content: object) -> None:
         members = sorted(archive.infolist(), key=lambda member: member.header_offset)
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise CheckpointError(f"{path} was packed again with compression, so its tensors are not "
-                              "to be found in it: save it anew with torch where it was made")
+                              "to be found in it: save it again with torch where it was made")
     stored = iter([member.file_size for member in members if "/data/" in member.filename])
     for _, (name, needed) in sorted(storages.items()):
-        if needed and needed not in stored:  # which goes on to the next of this length
+        if needed and needed not in stored:  # which advances to the next of this length
             raise CheckpointError(f"{path} is damaged: {name} is not there with its {needed} "
                                   "bytes; fetch it again")
 
@@ -185,13 +185,16 @@ def read_safetensors(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     return tensors
 
 
-def read_lightning(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a DynamiCrafter or released Vid2World checkpoint: full name -> tensor.
+def read_lightning(path: str | Path | dict) -> dict[str, Tensor]:
+    """The weights of a DynamiCrafter or released Vid2World checkpoint: full name -> tensor. What it
+    has read already it gives back.
 
     Files that others pruned, halved or wrapped come out alike: names lose a wrapper's prefix
     (`module.`, `ema.`), and a copy under such a prefix beside the weights themselves is passed
     over. Raises CheckpointError as `read_checkpoint` does, and for the 256 model.
     """
+    if isinstance(path, dict):
+        return path
     content = read_checkpoint(path)
     content = content.get("state_dict", content.get("module", content))
     weights = {}
@@ -207,7 +210,7 @@ def read_lightning(path: str | Path) -> dict[str, Tensor]:
                                   "save one of them alone")
         weights = select(weights, wrappers.pop())
     if any(name.endswith("attn2.alpha") or "framestride_embed" in name for name in weights):
-        raise CheckpointError(f"{path} is DynamiCrafter-256, which predicts noise in place of "
+        raise CheckpointError(f"{path} is DynamiCrafter-256, which predicts noise instead of "
                               "velocity and weighs its image attention; use the 512 or the 1024 "
                               "model")
     return weights
@@ -220,7 +223,7 @@ def select(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) -> nn.Module:
-    """`load_state_dict` whose complaints a person can read; nothing missing, left over, misshapen
+    """`load_state_dict` whose problems a person can read; nothing missing, left over, misshapen
     or not a finite number is accepted.
 
     The network takes the tensors over as they are (in float32) and copies none, so it may be built
@@ -237,11 +240,11 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: str) ->
                 and not is_finite(weights[name])]
     problems = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen,
                 "not of finite numbers": infinite}
-    complaints = [f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+    problems = [f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
                   for what, names in problems.items() if names]
-    if complaints:
+    if problems:
         raise CheckpointError(f"{source} does not fit this {type(network).__name__}: "
-                              f"{'; '.join(complaints)}")
+                              f"{'; '.join(problems)}")
     network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return network
 

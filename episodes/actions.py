@@ -27,6 +27,6 @@ def describe_by_keys(action: np.ndarray, keys: Sequence[Key]) -> str:
 
 
 def describe_by_names(action: np.ndarray, names: Sequence[str]) -> str:
-    """All numbers of an action [A] that are not zero, each behind its name: "dx 0.3  dy -1"."""
+    """All dimensions of an action [A] that are not zero, each behind its name: "dx 0.3  dy -1"."""
     named = zip(names, action, strict=True)
     return "  ".join(f"{name} {number:.3g}" for name, number in named if number)

@@ -10,7 +10,6 @@ meta/episodes/ says where each begins. Pictures may also lie in the table itself
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -98,7 +97,7 @@ def place(src: Path, template: str | None, **values: object) -> Path:
 
     path = Path(re.sub(r"\{(\w+)(?::0?(\d{1,2})d)?\}", value, template or ""))
     if path.is_absolute() or ".." in path.parts or path == Path():
-        raise DataError(f"{str(path)!r:.80} is no path inside of the data set")
+        raise DataError(f"{str(path)!r:.80} is not a path inside the data set")
     return src / path
 
 
@@ -248,8 +247,5 @@ def convert(settings: Settings) -> None:
     write_episodes(sources, len(episodes), Path(settings.dst), said, origin)
 
 
-main = program("from_lerobot", convert, Settings, "Convert a LeRobot data set to folders of "
-               "pictures.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "from_lerobot", convert, Settings, "Convert a LeRobot data set to "
+               "folders of pictures.")

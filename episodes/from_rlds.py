@@ -6,7 +6,6 @@
 A feature that is not there is answered with the names of those that are. The data sets of
 `data.DATA_SETS` need no conversion.
 """
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -40,17 +39,17 @@ PER_STEP = ("steps/is_first", "steps/is_last", "steps/is_terminal", "steps/rewar
 def list_records(shards: list[Path]) -> list[tuple[Path, int, int, int]]:
     """Path, number, offset and size of every record. A shard that is damaged is named and left out.
     Raises DataError if all are."""
-    records, complaints = [], []
+    records, problems = [], []
     for path in shards:
         try:
             with reading(path):
                 records += [(path, number, offset, size)
                             for number, (offset, size, _) in enumerate(walk_records(path))]
         except DataError as error:
-            complaints.append(str(error))
+            problems.append(str(error))
             print(f"left out: {error}")
     if not records:
-        raise DataError("; ".join(complaints[:3]) or "the shards hold no records")
+        raise DataError("; ".join(problems[:3]) or "the shards hold no records")
     return records
 
 
@@ -92,7 +91,5 @@ def convert(settings: Settings) -> None:
                    {"fps": settings.fps} if settings.fps else {}, origin)
 
 
-main = program("from_rlds", convert, Settings, "Convert an RLDS data set to folders of pictures.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "from_rlds", convert, Settings, "Convert an RLDS data set to folders of "
+               "pictures.")

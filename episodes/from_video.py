@@ -11,7 +11,6 @@ in the video, in seconds, each row was recorded, and so picks its frame. Without
 a row for every frame.
 """
 import csv
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -102,17 +101,14 @@ def convert(settings: Settings) -> None:
 def read_first(videos: list[Path]) -> tuple[list[str], float]:
     """The columns' names and the frame rate of the first episode that can be read. Raises
     DataError."""
-    complaints = []
+    problems = []
     for video in videos:
         try:
             return read_csv(video.with_suffix(".csv"))[0], frame_rate(video)
         except DataError as error:
-            complaints.append(str(error))
-    raise DataError("; ".join(complaints[:3]))
+            problems.append(str(error))
+    raise DataError("; ".join(problems[:3]))
 
 
-main = program("from_video", convert, Settings, "Convert videos and tables of actions to folders "
-               "of pictures.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "from_video", convert, Settings, "Convert videos and tables of actions "
+               "to folders of pictures.")

@@ -59,5 +59,5 @@ def read_each(path: Path, names: list[str]) -> Iterator[np.ndarray]:
             link, found = file.get(name, getlink=True), file[name]
             elsewhere = hasattr(link, "path") or found.external or found.is_virtual
             if elsewhere or found.size > LARGEST:
-                raise DataError(f"{name} lies in another file, or is no frame and no action")
+                raise DataError(f"{name} lies in another file, or is neither a frame nor an action")
             yield found[()]

@@ -20,7 +20,7 @@ def decode(image: bytes | memoryview | Path | np.ndarray) -> np.ndarray:
             raise DataError(f"a frame is {image.dtype} {list(image.shape)}; expected uint8 "
                             "[H, W, 3]")
         return image
-    name, fault = "a frame", "is no readable picture"
+    name, fault = "a frame", "is not a readable picture"
     if isinstance(image, Path):
         with reading(image):
             name, fault, image = image.name, stand_in(image) or fault, image.read_bytes()

@@ -133,7 +133,7 @@ def read_kept(path: Path) -> dict[str, tuple[tuple[int, int], np.ndarray]]:
             parts = np.split(old["rows"], np.cumsum(counts)[:-1])
         rows = zip(names, stamps, parts, strict=True)
         return {name: (tuple(stamp), part) for name, stamp, part in rows}
-    except Exception:  # a damaged one is made anew
+    except Exception:  # a damaged one is made again
         return {}
 
 

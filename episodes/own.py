@@ -51,7 +51,7 @@ class Said:
     absolute: bool = False
 
 
-def mention_bare(listing: Listing) -> None:
+def warn_without_actions(listing: Listing) -> None:
     """Say which folders hold pictures and no actions."""
     bare = sorted(os.path.basename(folder) for folder, names in listing
                   if pictures.NAME not in names and pictures.holds_pictures(names))
@@ -80,15 +80,15 @@ def describe_folder(root: Path, paths: list[Path], fps: float | None = None) -> 
 
 def read_first(root: Path, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     """The first frame that can be read, [1, H, W, 3], and its action [1, A]. Raises DataError."""
-    complaints = []
+    problems = []
     for path in paths:
         try:
             with reading(path):
                 frames, actions = format_of(path).read(path, 0, 0, "image", (), 0, 1)
                 return decode_all(frames), actions
         except DataError as error:
-            complaints.append(f"{path.relative_to(root)}: {error}")
-    raise DataError(f"no episode in {root} can be read: {'; '.join(complaints[:3])}")
+            problems.append(f"{path.relative_to(root)}: {error}")
+    raise DataError(f"no episode in {root} can be read: {'; '.join(problems[:3])}")
 
 
 def read_info(root: Path, width: int) -> Info:

@@ -160,7 +160,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             if position > len(message):
                 raise DataError("its message is cut short")
         else:
-            raise DataError("its message is no protocol buffer")
+            raise DataError("its message is not a protocol buffer")
         yield tag >> 3, value
 
 
@@ -175,7 +175,7 @@ def varint(message: memoryview, position: int) -> tuple[int, int]:
         position += 1
         if byte < 128:
             return value, position
-    raise DataError("its message is no protocol buffer")
+    raise DataError("its message is not a protocol buffer")
 
 
 def parts(message: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -216,7 +216,7 @@ def feature_numbers(example: dict[str, memoryview], name: str) -> np.ndarray:
         # 4 bytes each, one or many to a field
         packed = b"".join(value for _, value in parts(values))
         if len(packed) % 4:
-            raise DataError(f"feature {name!r} is no list of floats")
+            raise DataError(f"feature {name!r} is not a list of floats")
         return np.frombuffer(packed, "<f4")
     numbers = []
     for _, value in fields(values):

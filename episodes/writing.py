@@ -2,8 +2,8 @@
 
 Each converter gives its episodes as (name, read), where read() returns the pictures, one by one,
 and the actions. An episode is written beside its place and then renamed, so an interrupted
-conversion goes on where it stopped. One that does not match itself is left out and named. No number
-is rounded: actions keep the type that they had.
+conversion resumes where it stopped. An inconsistent one is left out and named. Actions are kept
+exact: they keep the type that they had.
 """
 import json
 import shutil
@@ -45,7 +45,7 @@ def write_episodes(sources: Iterable[Source], total: int, out: Path, info: dict,
     known.write_text(this, encoding="utf-8")
     if not (out / "info.json").exists():
         (out / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
-    written, complaints = set(), []
+    written, problems = set(), []
     for name, read in tqdm(sources, "converting", total, unit="episode", disable=None):
         try:
             if name in written:
@@ -55,14 +55,14 @@ def write_episodes(sources: Iterable[Source], total: int, out: Path, info: dict,
                     pictures, actions = read()
                 write_episode(out / name, pictures, actions)
         except DataError as error:
-            complaints.append(f"{name}: {error}")
+            problems.append(f"{name}: {error}")
             tqdm.write(f"left out: {name}: {error}")
         else:
             written.add(name)
     if not written:
-        raise DataError("; ".join(["no episode could be converted", *complaints[:1]]))
+        raise DataError("; ".join(["no episode could be converted", *problems[:1]]))
     print(f"{len(written)} episodes in {out}"
-          + (f", {len(complaints)} left out" if complaints else ""))
+          + (f", {len(problems)} left out" if problems else ""))
     print(f"train on them: python train.py --data folder --root {out}")
 
 

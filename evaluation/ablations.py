@@ -10,12 +10,11 @@ compared on held-out episodes:
 Seeds differ by their held-out clips and noise as well, so a variant is compared with the baseline
 seed by seed.
 
-What is done is kept (--out), so an interrupted comparison goes on where it was. Paper: section 5.4,
+What is done is kept (--out), so an interrupted comparison resumes where it was. Paper: section 5.4,
 D.10 and D.11.
 """
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +48,7 @@ VARIANTS = {  # name -> settings of train.py
     "low-noise frames, x0 loss": {"low_noise_prob": 0.6, "loss_weighting": "x0"},
     "temporal layers alone": {"trainable": "temporal"},  # not the paper's: half of the memory
     "PyTorch's action initialisation": {"action_init": "pytorch"},  # as at full size
-    "from scratch": {"scratch": True},  # but for the autoencoder and the image tower
+    "from scratch": {"scratch": True},  # except the autoencoder and the image tower
 }
 
 
@@ -107,7 +106,7 @@ def post_train(run: Path, changes: dict, seed: int, settings: Settings,
     if chosen.resume:
         require_same(run, chosen)
     if train.train(chosen, recipe):
-        raise DataError(f"the training in {run} was interrupted; the same command goes on with it")
+        raise DataError(f"the training in {run} was interrupted; the same command resumes it")
     rows = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
     return {row["step"]: row["val"] for row in rows if "val" in row}
 
@@ -164,7 +163,4 @@ def run(settings: Settings) -> None:
     print(f"plot: {out}/ablations.png")
 
 
-main = program("ablations", run, Settings, "Compare variants of the method.", complete)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "ablations", run, Settings, "Compare variants of the method.", complete)

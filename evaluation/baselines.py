@@ -17,7 +17,6 @@ by a small network (evaluation/controllability.py), beside that network's own er
 the classifier is right, by noise level, and whether words tell left from right; and a picture of
 one episode. What is done is kept (--out). Paper: Table 1.
 """
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +166,7 @@ def save_example(settings: Settings, held_out: Episodes) -> Path:
     T = settings.frames
     paths = [held_out[i].feature(PIXEL)[:T] for i in range(len(held_out))]
     farthest = np.argmax([np.linalg.norm(path[-1] - path[0]) for path in paths])
-    one = held_out.where(np.arange(len(held_out)) == farthest)
+    one = held_out.select(np.arange(len(held_out)) == farthest)
     truth, actions, captions = next(batches_of(one, settings))
     rows = {"truth": truth[0]} | {
         row: imaginer(row, 0, settings, one)(truth, actions, captions)[0] for row in settings.rows}
@@ -236,7 +235,7 @@ def language_line(settings: Settings, held_out: Episodes, reader: GripperReader,
 
 def run(settings: Settings) -> None:
     held_out = open_episodes(settings.data, settings.root, "val", settings.frames)
-    held_out = held_out.where(np.arange(min(settings.episodes, len(held_out))))
+    held_out = held_out.select(np.arange(min(settings.episodes, len(held_out))))
     training = open_episodes(settings.data, settings.root, "train")
     reader = train_reader(training)
     frames, places = recorded(held_out)
@@ -266,7 +265,5 @@ def run(settings: Settings) -> None:
     print(f"one episode, as each imagines it: {save_example(settings, held_out)}")
 
 
-main = program("baselines", run, Settings, "Compare the ways to steer a video model.", complete)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "baselines", run, Settings, "Compare ways to steer a video model.",
+               complete)

@@ -3,7 +3,6 @@
 A causal U-Net with random weights sees 8 frames, and then the same with another last frame. Printed
 is how far the outputs of the earlier frames move, relative to their norm. It should be nothing.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +30,9 @@ def run(settings: Settings) -> None:
             moves[scope] = [100 * share for share in moved[:-1]]
             print(f"norms over {scope:5}  the last frame moves earlier outputs by up to "
                   f"{max(moves[scope]):.2f} %")
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     save_grid(out / "causality.png", moves, " %", "frame")
     print(f"picture: {out}/causality.png")
 
 
-main = program("causality", run, Settings, "Measure the leak.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "causality", run, Settings, "Measure the leak.")

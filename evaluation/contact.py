@@ -4,7 +4,6 @@ What the policies did in the simulator (bundled/judge_in_simulator.py) is done a
 world: the same first frames, the same actions. A small network reads off every frame how far the
 drawer is open, and that is compared with how far it was.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation.evaluate import WorldSettings
-from evaluation.policies import MARKS, STARTS, load_policies, to_action
+from evaluation.policies import MARKS, STARTS, load_policies, policy_action
 from model.saving import TINY_WORLD
 from sample import WorldModel, load_world
 from support.options import option, program
@@ -34,7 +33,7 @@ def rollout_actions(world: WorldModel, starts: np.ndarray, actions: np.ndarray) 
     """First frames uint8 [B, H, W, 3] and what is done, [B, T, 4] -> all frames [B, 1 + T, …]."""
     world.reset(starts[:, None])
     steps = tqdm(actions.swapaxes(0, 1), unit="frame", leave=False, disable=None)
-    return np.stack([starts] + [world.step(to_action(action)) for action in steps], axis=1)
+    return np.stack([starts] + [world.step(policy_action(action)) for action in steps], axis=1)
 
 
 def moves(openings: np.ndarray) -> np.ndarray:
@@ -74,8 +73,5 @@ def run(settings: Settings) -> None:
     print(f"\nplot: {out / 'contact.png'}, the opening in mm where the drawer moves")
 
 
-main = program("contact", run, Settings, "Measure whether the drawer moves when it is pushed, and "
-               "only then.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "contact", run, Settings, "Measure whether the drawer moves when it is "
+               "pushed, and only then.")

@@ -13,7 +13,6 @@ and then reads it off imagined ones:
 
 for several strengths of guidance and ranges of noise levels at which guidance applies.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,8 +186,7 @@ def run(settings: Settings) -> None:
     truth = np.stack([episodes[i].feature(PIXEL)[: settings.frames] for i in range(len(episodes))])
     batches = read_batches(episodes, settings.frames, settings.batch, world.model.config)
     clips, actions = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     print(f"\n| guidance | at levels | gripper error at frame {settings.frames - 1} (pixels) | "
           "PSNR (dB) | error under "
           f"another's actions | PSNR | right side of the sweep (%) | {' | '.join(SWEEPS)} |\n|"
@@ -216,7 +214,4 @@ def run(settings: Settings) -> None:
     print(f"\npictures: {out}")
 
 
-main = program("controllability", run, Settings, "Measure controllability.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "controllability", run, Settings, "Measure controllability.")

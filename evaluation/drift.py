@@ -1,7 +1,7 @@
 """How long does an imagined world hold? python -m evaluation.drift --data csgo
 
 Every frame is imagined from imagined frames, so an error may grow without end. 100 frames of
-held-out episodes under their own actions; curves over time, of what was imagined and of what
+held-out episodes under their recorded actions; curves over time, of what was predicted and of what
 happened:
 
     PSNR        against the true frame; and that of repeating the last given frame
@@ -9,7 +9,6 @@ happened:
     sharpness   mean difference of neighbouring pixels: a world that blurs loses it
 """
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from support.pictures import psnr, save_curves, save_strip
 
 
 def colour_shift(frames: np.ndarray) -> np.ndarray:
-    """uint8 [..., T, H, W, 3] -> [..., T]: distance of each frame's mean colour from the first's.
-    """
+    """uint8 [..., T, H, W, 3] -> [..., T]: distance of the mean colour from the first frame's."""
     mean = frames.mean(axis=(-3, -2))  # [..., T, 3]
     return np.linalg.norm(mean - mean[..., :1, :], axis=-1)
 
@@ -60,8 +58,7 @@ def run(settings: Settings) -> None:
         "sharpness": {"imagined": sharpness(imagined), "true": sharpness(truth)}}
     means = {measure: {name: rows.mean(axis=0) for name, rows in pair.items()}
              for measure, pair in curves.items()}
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     for measure, pair in means.items():
         save_curves(out / f"{measure}_{settings.data}.png",
                     {f"{measure}, {name}": list(enumerate(row))[given_frames:]
@@ -84,7 +81,4 @@ def run(settings: Settings) -> None:
     print(f"\ncurves and a strip: {out}")
 
 
-main = program("drift", run, Settings, "Measure how a world holds in long rollouts.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "drift", run, Settings, "Measure how a world holds in long rollouts.")

@@ -10,12 +10,11 @@ is compared with what happened (evaluation/metrics.py). The baseline beside it i
 repeating the last given frame.
 
 Nothing grows with the number of episodes: scores are summed up by frame, features into a mean and a
-covariance. The sums are saved after every batch, so that an interrupted run goes on. Batch b is
+covariance. The sums are saved after every batch, so that an interrupted run resumes. Batch b is
 always made of the same episodes and always draws the same noise, whichever process it falls to: any
 number of processes gives the same figures. Paper: section 5.1, metrics in C.2.
 """
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,7 +67,7 @@ class Tally:
     episodes: int = 0
     # metric -> sum over episodes, by frame
     sums: dict[str, np.ndarray] = field(default_factory=dict)
-    crowds: dict[str, Statistics] = field(default_factory=dict)  # "fid, true", … -> features
+    features: dict[str, Statistics] = field(default_factory=dict)  # "fid, true", … -> features
 
     def add(self, scores: dict[str, np.ndarray]) -> None:
         """Scores of a batch, [B, frames] each."""
@@ -76,29 +75,29 @@ class Tally:
             self.sums[name] = self.sums.get(name, 0) + rows.sum(axis=0)
 
     def add_features(self, name: str, features: torch.Tensor) -> None:
-        self.crowds.setdefault(name, Statistics(features.shape[1])).add(features)
+        self.features.setdefault(name, Statistics(features.shape[1])).add(features)
 
     def merge(self, other: "Tally") -> None:
         self.episodes += other.episodes
         for name, row in other.sums.items():
             self.sums[name] = self.sums.get(name, 0) + row
-        for name, crowd in other.crowds.items():
-            ours = self.crowds.setdefault(name, Statistics(len(crowd.mean)))
-            ours.merge(crowd.count, crowd.mean, crowd.scatter)
+        for name, found in other.features.items():
+            ours = self.features.setdefault(name, Statistics(len(found.mean)))
+            ours.merge(found.count, found.mean, found.scatter)
 
     def state(self) -> dict:
         return {"batches": self.batches, "episodes": self.episodes,
                 "sums": {name: torch.from_numpy(row) for name, row in self.sums.items()},
-                "crowds": {name: (crowd.count, crowd.mean, crowd.scatter) for name,
-                           crowd in self.crowds.items()}}
+                "features": {name: (found.count, found.mean, found.scatter) for name,
+                           found in self.features.items()}}
 
     @classmethod
     def from_state(cls, state: dict) -> "Tally":
         tally = cls(state["batches"], state["episodes"],
                     {name: row.numpy() for name, row in state["sums"].items()})
-        for name, crowd in state["crowds"].items():
-            tally.crowds[name] = Statistics(len(crowd[1]))
-            tally.crowds[name].merge(*crowd)
+        for name, found in state["features"].items():
+            tally.features[name] = Statistics(len(found[1]))
+            tally.features[name].merge(*found)
         return tally
 
 
@@ -118,7 +117,7 @@ def read_batches(episodes: Episodes, frames: int, batch: int, config: ModelConfi
                         for clip in clips]), np.stack(actions)
 
 
-class Still:
+class RepeatLastFrame:
     """The world in which nothing ever happens."""
 
     def reset(self, frames: np.ndarray, actions: np.ndarray | None = None) -> None:
@@ -173,7 +172,7 @@ def evaluate(world: WorldModel, episodes: Episodes, frames: int, context_frames:
              batch: int = 8, nar: bool = False, networks: dict[str, FeatureNetwork] | None = None,
              partial: Path | None = None, settings: dict | None = None, rank: int = 0,
              processes: int = 1) -> Tally:
-    """Roll out this process's share of the batches. With `partial`, go on from that file where its
+    """Roll out this process's share of the batches. With `partial`, resume from that file where its
     settings are these."""
     tally = Tally()
     if partial and partial.exists():
@@ -205,7 +204,7 @@ def open_held_out(settings: WorldSettings, world: WorldModel) -> Episodes:
         raise DataError(f"{number} episodes were asked for, but {len(episodes)} of at least "
                         f"{settings.frames} frames are held out")
     compare_actions(settings.data, episodes.dataset, world.model)
-    return episodes.where(np.arange(number))
+    return episodes.select(np.arange(number))
 
 
 @dataclass
@@ -238,15 +237,15 @@ def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> No
                "fvd": "no --i3d network"}
     caveats = {}
     for name, what in (("fid", "frames"), ("fvd", "videos")):
-        if f"{name}, true" not in tally.crowds:
+        if f"{name}, true" not in tally.features:
             continue
-        crowd = tally.crowds[f"{name}, true"]
-        if crowd.count < 2:
+        found = tally.features[f"{name}, true"]
+        if found.count < 2:
             reasons[name] = f"one of the {what} has no covariance"
             continue
-        result[name] = frechet_distance(tally.crowds[f"{name}, imagined"], crowd)
-        if crowd.count < ENOUGH:
-            caveats[name] = (f", of {crowd.count} {what}: too few to be compared with published "
+        result[name] = frechet_distance(tally.features[f"{name}, imagined"], found)
+        if found.count < ENOUGH:
+            caveats[name] = (f", of {found.count} {what}: too few to be compared with published "
                              f"figures (at least {ENOUGH}, and as many as theirs)")
     together = "all frames together, " if settings.nar else ""
     lines = [f"{tally.episodes} held-out episodes of {settings.data}, {settings.frames} frames, "
@@ -292,8 +291,7 @@ def run(settings: Settings) -> None:
                        guidance=settings.guidance, guidance_levels=levels, steps=settings.steps,
                        eta=settings.eta, seed=settings.seed)
     episodes = open_held_out(settings, world)
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     partial = out / f"partial_{rank}_of_{processes}.pt"
     tally = evaluate(world, episodes, settings.frames, settings.context_frames, settings.batch,
                      settings.nar, networks, partial, asdict(settings), rank, processes)
@@ -309,7 +307,5 @@ def run(settings: Settings) -> None:
     partial.unlink(missing_ok=True)
 
 
-main = program("evaluate", run, Settings, "Measure imagined frames of held-out episodes.", complete)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "evaluate", run, Settings, "Measure predictions on held-out episodes.",
+               complete)

@@ -1,10 +1,10 @@
-"""Does the imagined hall obey? python -m evaluation.game --root recorded/arena
+"""Does the imagined hall follow actions? python -m evaluation.game --root recorded/arena
 
 Who walks through a hall wants to know where they are. A small network learns to read the player's
 place and direction off recorded frames, whose truth the game knew, and then reads them off imagined
 ones:
 
-    own actions   under an episode's actions: how like what happened are the pictures (PSNR, SSIM),
+    recorded      under an episode's actions: how like what happened are the pictures (PSNR, SSIM),
                   and how far is the player from where they were, after 12 and after 60 frames?
     turning       12 frames of turning to one side: does the view turn to that side?
     walls         24 frames straight on: does the player come to a stop?
@@ -15,7 +15,6 @@ for the world model, for DIAMOND where a checkpoint is named, and for repeating 
 frame.
 """
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,7 +29,8 @@ from baselines.train_diamond import load_diamond
 from data import Episodes, bundled_world, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from episodes.csgo import csgo_action
-from evaluation.evaluate import Still, WorldSettings, rollout_batch, open_held_out, read_batches
+from evaluation.evaluate import (RepeatLastFrame, WorldSettings, open_held_out, read_batches,
+                                 rollout_batch)
 from evaluation.metrics import ssim
 from evaluation.readers import FrameReader, fit
 from model.saving import save
@@ -90,17 +90,17 @@ def apart(poses: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 @dataclass
-class Starts:
+class InitialStates:
     """Held-out episodes side by side."""
     frames: np.ndarray  # uint8 [N, T, 64, 80, 3]
     actions: np.ndarray  # [N, T, 51]
     poses: np.ndarray  # [N, T, 3]
 
 
-def rollout_action(world: object, starts: Starts, batch: int, action: np.ndarray | None = None,
-         new: int = LONG) -> np.ndarray:
-    """Imagine all starts, under their own actions or one that is repeated: uint8 [N, GIVEN + new,
-    64, 80, 3], the given frames included."""
+def rollout_action(world: object, starts: InitialStates, batch: int,
+                   action: np.ndarray | None = None, new: int = LONG) -> np.ndarray:
+    """All starts under their recorded actions, or one repeated: uint8 [N, GIVEN + new, 64, 80, 3],
+    the given frames included."""
     actions = starts.actions[:, : GIVEN + new - 1].copy()
     if action is not None:
         known = starts.actions[:, : GIVEN - 1]
@@ -111,7 +111,7 @@ def rollout_action(world: object, starts: Starts, batch: int, action: np.ndarray
                            for i in range(0, len(actions), batch)])
 
 
-def follow(world: object, starts: Starts, reader: FrameReader, batch: int, new: int
+def follow(world: object, starts: InitialStates, reader: FrameReader, batch: int, new: int
            ) -> dict[str, float]:
     """Under the episodes' own actions: pictures, and where the player is at the last frame."""
     imagined = rollout_action(world, starts, batch, new=new)[:, GIVEN:]
@@ -124,7 +124,8 @@ def follow(world: object, starts: Starts, reader: FrameReader, batch: int, new: 
             "units off": np.median(distance), "degrees off": np.median(abs(turned))}
 
 
-def obey(world: object, starts: Starts, reader: FrameReader, batch: int) -> dict[str, float]:
+def follow_repeated(world: object, starts: InitialStates, reader: FrameReader, batch: int
+                    ) -> dict[str, float]:
     """Under one action, repeated: turning, walls, return."""
     def turned(x: int) -> np.ndarray:
         clips = rollout_action(world, starts, batch, csgo_action(x=x), SHORT)
@@ -145,7 +146,7 @@ def obey(world: object, starts: Starts, reader: FrameReader, batch: int) -> dict
             "degrees off then": np.median(abs(missing))}
 
 
-def seconds_a_frame(world: object, starts: Starts) -> float:
+def seconds_a_frame(world: object, starts: InitialStates) -> float:
     """Of one world by itself: the median of six frames, after three to warm up."""
     world.reset(starts.frames[:1, :GIVEN], starts.actions[:1, : GIVEN - 1])
     times = []
@@ -163,8 +164,8 @@ class Settings(WorldSettings):
                          least=GIVEN + SHORT)
     guidance: float | None = option(None, "as in sample.py", type=float)
     diamond: str | None = option(None, "checkpoint of baselines/train_diamond.py")
-    seeds: int = option(1, "rollouts of own actions, each with noise of its own")
-    quick: bool = option(False, "12 frames of own actions and nothing else")
+    seeds: int = option(1, "rollouts of recorded actions, each with noise of its own")
+    quick: bool = option(False, "12 frames of recorded actions and nothing else")
     reader: str | None = option(None, "file of the pose reader; if left out, in --out")
     reader_steps: int = option(3000, "to train it, where there is none")
     out: str = option("evaluations/game", "folder for the results")
@@ -172,7 +173,7 @@ class Settings(WorldSettings):
 
 def contenders(settings: Settings, world: WorldModel) -> dict[str, Callable[[int], object]]:
     """Name -> from a seed to a world."""
-    worlds: dict[str, Callable[[int], object]] = {"repeating": lambda seed: Still()}
+    worlds: dict[str, Callable[[int], object]] = {"repeating": lambda seed: RepeatLastFrame()}
     if settings.diamond:
         network = load_diamond(settings.diamond)
         for name, steps in STEPS.items():
@@ -194,7 +195,7 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
 
 
 def mean_and_spread(runs: list[dict[str, float]]) -> dict[str, float]:
-    """The means over seeds and, of the first figure, the deviation."""
+    """The means over seeds and, of the first figure, the standard deviation."""
     means = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
     first = next(iter(means))
     spread = float(np.std([run[first] for run in runs]))
@@ -215,13 +216,13 @@ def run(settings: Settings) -> None:
     frames, actions = (np.concatenate(arrays) for arrays in zip(*read_batches(
         held_out, settings.frames, settings.batch, world.model.config), strict=True))
     poses = np.stack([held_out[i].feature(POSE)[: settings.frames] for i in range(len(held_out))])
-    starts = Starts(frames, actions, poses)
+    starts = InitialStates(frames, actions, poses)
     distance, turned = apart(read_poses(reader, frames), poses)
     print(f"pose reader: off by {np.median(distance):.1f} units of {2 * UNITS:g} and "
           f"{np.median(abs(turned)):.1f} degrees (medians) on {len(held_out)} held-out episodes; "
           f"{world.sampling}", flush=True)
 
-    short, long, obeying = {}, {}, {}
+    short, long, repeated = {}, {}, {}
     for name, make in contenders(settings, world).items():
         runs = [follow(make(seed), starts, reader, settings.batch, SHORT)
                 for seed in range(settings.seeds)]
@@ -229,24 +230,22 @@ def run(settings: Settings) -> None:
         print(f"{name}: {short[name]['PSNR']:.2f} dB", flush=True)
         if not settings.quick:
             long[name] = follow(make(0), starts, reader, settings.batch, LONG)
-            obeying[name] = obey(make(0), starts, reader, settings.batch)
-            first = Starts(frames[:1], actions[:1], poses[:1])
+            repeated[name] = follow_repeated(make(0), starts, reader, settings.batch)
+            first = InitialStates(frames[:1], actions[:1], poses[:1])
             shown = {"truth": frames[0], name: rollout_action(make(0), first, batch=1)[0]}
             save_strip(out / f"{name.replace(', ', '_')}.png",
                        {label: clip[GIVEN - 1 :: 5] for label, clip in shown.items()}, columns=12)
     lines = [f"{len(held_out)} held-out episodes, {GIVEN} frames given; {world.sampling}"]
-    for title, rows in ((f"{SHORT} frames of own actions, {settings.seeds} seeds", short),
-                        (f"{LONG} frames of own actions", long), ("one action, repeated", obeying)):
+    for title, rows in ((f"{SHORT} frames of recorded actions, {settings.seeds} seeds", short),
+                        (f"{LONG} frames of recorded actions", long),
+                        ("one action, repeated", repeated)):
         lines += ["", f"{title}:", "", *table(rows)] if rows else []
     print("\n" + "\n".join(lines))
     (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps({
-        "settings": asdict(settings), "short": short, "long": long, "obeying": obeying},
+        "settings": asdict(settings), "short": short, "long": long, "repeated": repeated},
         indent=1, default=float), encoding="utf-8")
     print(f"\nwritten: {out}/result.md, result.json and strips")
 
 
-main = program("game", run, Settings, "Measure whether an imagined game obeys.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "game", run, Settings, "Measure whether an imagined game follows actions.")

@@ -1,5 +1,5 @@
-"""What a comparison has done is kept, so that it goes on where it was interrupted. What was done
-under other settings is never taken for it."""
+"""Results of a comparison are cached, so that it resumes where it was interrupted. A result under
+other settings is another one."""
 import json
 from collections.abc import Callable
 from dataclasses import asdict

@@ -2,8 +2,8 @@
 
     PSNR, SSIM    pixel by pixel, against the frame that really came: arithmetic, no network
     LPIPS         the same through the eyes of VGG: distance of features, frame by frame
-    FID           do imagined frames, as a crowd, look like real ones? Inception's features, each
-                  crowd a Gaussian
+    FID           do predicted frames look like real ones, as sets? Inception's features of each
+                  set as a Gaussian
     FVD           do imagined videos move like real ones? The same with the features of I3D, a
                   network for videos
 
@@ -16,7 +16,7 @@ measures with:
 
     (1) nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/
 
-They run in evaluation mode, always: a batch norm that still learns makes a sample's features depend
+They run in evaluation mode, always: a batch norm in training mode makes a sample's features depend
 on its neighbours.
 """
 from pathlib import Path
@@ -68,7 +68,7 @@ def ssim(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# Crowd against crowd
+# Set against set
 
 
 class Statistics:
@@ -85,7 +85,7 @@ class Statistics:
         self.merge(len(features), mean, (features - mean).T @ (features - mean))
 
     def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Take in what another crowd amounts to (Chan et al. 1979): its scatter, and the scatter
+        """Add the statistics of another set (Chan et al. 1979): its scatter matrix, and the scatter
         between the two means."""
         apart, total = mean - self.mean, self.count + count
         between = torch.outer(apart, apart) * (self.count * count / total)
@@ -98,7 +98,7 @@ class Statistics:
         return self.scatter / (self.count - 1)
 
 
-ENOUGH = 256  # videos or frames below which a distance of crowds is more noise than distance
+ENOUGH = 256  # videos or frames below which a distance of sets is mostly noise
 
 
 def frechet_distance(ours: Statistics, theirs: Statistics) -> float:

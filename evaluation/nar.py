@@ -1,7 +1,6 @@
 """All frames at once, at one shared noise level: the paper's Vid2World-NAR, for comparison.
 
-It is no world model: all actions have to be known before the first frame is there. Paper: section
-5.4.
+It is not a world model: all actions have to be known before the first frame. Paper: section 5.4.
 """
 import numpy as np
 import torch

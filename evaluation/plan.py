@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.memory import halve_frozen, recompute_activations
+from model.memory import frozen_to_bf16, recompute_activations
 from model.vid2world import Model, ModelConfig
 from temporal.streaming import Cache
 from train import PostTraining
@@ -98,11 +98,11 @@ def sample_frame(model: Model, given: int = 15, half: bool = True) -> None:
 
 def begin_training(model: Model, checkpointing: bool, trainable: str = "all", half: bool = True
                    ) -> list[nn.Parameter]:
-    """As `train.py` sets it up; returns what learns."""
+    """As `train.py` sets it up; returns the trainable parameters."""
     for part in (model.autoencoder, model.image_tower):
         part.requires_grad_(False)
     if half:
-        halve_frozen(model)
+        frozen_to_bf16(model)
     if trainable == "temporal":
         freeze_spatial_layers(model)
     if checkpointing:
@@ -187,5 +187,5 @@ def print_plan(config: ModelConfig) -> None:
         print(f"| {name} | {weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)
     for processes, (weights, peak) in zip(CARDS_TOGETHER, count_pieces(config, CARDS_TOGETHER),
                                           strict=True):
-        print(f"| training, 1 clip each on {processes} cards, `--shard --checkpointing` | "
+        print(f"| training, 1 clip each on {processes} GPUs, `--shard --checkpointing` | "
               f"{weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)

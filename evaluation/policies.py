@@ -5,9 +5,9 @@
     python -m evaluation.policies --policy rt1.ts --data rt1 --root … --checkpoint … --judge
 
 A robot is slow and breaks; a world model does not. So policies are tried out in the model: from a
-real first frame, the policy sees a frame and acts, the model imagines what comes, and so on for 40
-frames; then a verifier says whether the drawer is closed. What counts is whether the model orders
-the policies as reality does, here a simulator whose outcomes are recorded
+real first frame, the policy sees a frame and acts, the model predicts the next, and so on for 40
+frames; then a success classifier says whether the drawer is closed. What counts is whether the
+model orders the policies as reality does, here a simulator whose outcomes are recorded
 (bundled/judge_in_simulator.py):
 
     Pearson r   of success in the model and in the simulator, over the policies
@@ -21,7 +21,6 @@ cloning, which bundled/train_policies.py makes. Paper: Algorithm 3, Figure 4.
 import base64
 import html
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from data import SAMPLES, fit_frames, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
-from evaluation.evaluate import Still, WorldSettings
+from evaluation.evaluate import RepeatLastFrame, WorldSettings
 from evaluation.readers import FrameReader
 from model.saving import CHECKPOINTS, TINY_WORLD, checkpoint_file
 from model.vid2world import Model, ModelConfig
@@ -50,7 +49,7 @@ POLICIES, STARTS = CHECKPOINTS / "policies.pt", SAMPLES / "drawer_starts.npz"
 MARKS = {f"{steps} steps": steps for steps in (40, 90, 120, 200, 4000)}
 HORIZON = 40  # frames that a policy has
 CLOSED = 0.02  # metres: a drawer that is open by less is closed
-UNIT = 0.1  # metres, in which the verifier counts
+UNIT = 0.1  # metres, in which the success classifier counts
 
 Policy = Callable[[np.ndarray], np.ndarray]  # frames uint8 [B, H, W, 3] -> actions [B, A]
 
@@ -65,7 +64,7 @@ def verifier_network() -> FrameReader:
     return FrameReader(1)
 
 
-class Verifier:
+class SuccessClassifier:
     """Says of frames whether the drawer is closed."""
 
     def __init__(self, network: FrameReader):
@@ -76,7 +75,7 @@ class Verifier:
         return UNIT * self.network.read(frames)[..., 0]
 
 
-def to_action(numbers: np.ndarray) -> np.ndarray:
+def policy_action(numbers: np.ndarray) -> np.ndarray:
     """What the policy network says [N, 4] -> RT-1's 13 numbers, the episode going on."""
     actions = np.zeros((len(numbers), 13), np.float32)
     actions[:, 10:13], actions[:, 3] = np.clip(numbers[:, :3], -1, 1), np.clip(numbers[:, 3], -1, 1)
@@ -84,8 +83,8 @@ def to_action(numbers: np.ndarray) -> np.ndarray:
     return actions
 
 
-def load_policies(path: Path = POLICIES) -> tuple[dict[str, FrameReader], Verifier]:
-    """The policies by name, and the verifier. Raises CheckpointError."""
+def load_policies(path: Path = POLICIES) -> tuple[dict[str, FrameReader], SuccessClassifier]:
+    """The policies by name, and the success classifier. Raises CheckpointError."""
     if not path.exists():
         raise CheckpointError(f"{path} is not there: python -m bundled.train_policies makes it, "
                               "and python -m bundled.judge_in_simulator the truth beside it")
@@ -94,7 +93,7 @@ def load_policies(path: Path = POLICIES) -> tuple[dict[str, FrameReader], Verifi
         policies = {name: load_weights(policy_network(), weights, str(path)).eval()
                     for name, weights in content["policies"].items()}
         verifier = load_weights(verifier_network(), content["verifier"], str(path)).eval()
-    return policies, Verifier(verifier)
+    return policies, SuccessClassifier(verifier)
 
 
 def untrained() -> FrameReader:
@@ -108,7 +107,7 @@ def untrained() -> FrameReader:
 
 def rollout_policy(world: WorldModel, policy: Policy, starts: np.ndarray, shuffled: bool = False,
              horizon: int = HORIZON) -> np.ndarray:
-    """Starts side by side, uint8 [B, H, W, 3] -> all frames [B, 1 + horizon, H, W, 3].
+    """Initial states side by side, uint8 [B, H, W, 3] -> all frames [B, 1 + horizon, H, W, 3].
 
     shuffled  every world is given the action of another
     """
@@ -170,7 +169,7 @@ class Settings(WorldSettings):
                                    "moves, and an untrained policy")
     quick: bool = option(False, "10 starts: minutes")
     judge: bool = option(False, "lay the rollouts out on a page for a person to tick")
-    verdicts: str | None = option(None, "what the person saved there, in place of the verifier")
+    verdicts: str | None = option(None, "what the person saved there, instead of the classifier's")
     out: str = option("evaluations/policies", "folder for the results")
 
 
@@ -178,7 +177,7 @@ class Settings(WorldSettings):
 class Trial:
     """A world that policies are tried out in."""
     title: str
-    make: Callable[[], WorldModel | Still]
+    make: Callable[[], WorldModel | RepeatLastFrame]
     shuffled: bool = False
 
 
@@ -192,7 +191,7 @@ def trials(model: Model, settings: Settings) -> list[Trial]:
         rows.append(Trial(f"Vid2World, {sampling}", make))
         if settings.controls:
             rows.append(Trial(f"shuffled actions, {sampling}", make, shuffled=True))
-    return rows + [Trial("nothing moves", Still)] * settings.controls
+    return rows + [Trial("nothing moves", RepeatLastFrame)] * settings.controls
 
 
 def read_starts(settings: Settings, config: ModelConfig
@@ -219,14 +218,14 @@ def scripted(path: str) -> Policy:
     return lambda frames: np.asarray(module(torch.from_numpy(frames)).detach().float())
 
 
-def open_policies(settings: Settings) -> tuple[dict[str, Policy], Verifier | None]:
-    """By name; and the verifier, where there is one."""
+def open_policies(settings: Settings) -> tuple[dict[str, Policy], SuccessClassifier | None]:
+    """By name; and the success classifier, where there is one."""
     if settings.policy:
         return {Path(path).stem: scripted(path) for path in settings.policy}, None
     networks, verifier = load_policies()
     if settings.controls:
         networks["untrained"] = untrained()
-    return {name: lambda frames, network=network: to_action(network.read(frames))
+    return {name: lambda frames, network=network: policy_action(network.read(frames))
             for name, network in networks.items()}, verifier
 
 
@@ -235,10 +234,10 @@ DECISIVE = ("checkpoint", "policy", "data", "root", "horizon", "seed")
 
 
 class Judgement:
-    """Which rollouts succeed, as a person says or the verifier. What was said is kept in a file,
-    batch by batch, so that an interrupted run goes on."""
+    """Which rollouts succeed, as a person or the classifier says. Verdicts are kept in a file,
+    batch by batch, so that an interrupted run resumes."""
 
-    def __init__(self, settings: Settings, verifier: Verifier | None, starts: np.ndarray):
+    def __init__(self, settings: Settings, verifier: SuccessClassifier | None, starts: np.ndarray):
         self.settings, self.verifier, self.starts = settings, verifier, starts
         self.out = Path(settings.out)
         # a checkpoint that was trained further is another one
@@ -318,7 +317,7 @@ def run(settings: Settings) -> None:
     if settings.judge:
         write_page(out / "judge.html", judgement.strips)
         print(f"\nopen {out / 'judge.html'} in a browser, tick, save; then run this again with "
-              "--verdicts verdicts.json in place of --judge")
+              "--verdicts verdicts.json instead of --judge")
     print(f"\nwritten: {out}")
 
 
@@ -351,7 +350,4 @@ def compare(title: str, rates: dict[str, np.ndarray], true: dict[str, np.ndarray
             f"{100 * np.abs(ours - theirs).max():.0f} |")
 
 
-main = program("policies", run, Settings, "Judge policies in the imagined world.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "policies", run, Settings, "Judge policies in the imagined world.")

@@ -7,7 +7,6 @@ Weights are random: they take the same time. Streaming and recomputing imagine t
 frame by frame in turn; then one long rollout, streaming, and training steps.
 """
 import resource
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +19,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.plan import print_plan
-from model.device import best_device, quick_attention
-from model.memory import keep_freed_memory, recompute_activations
+from model.device import best_device, math_attention_on_cpu
+from model.memory import keep_malloc_heap, recompute_activations
 from model.vid2world import PRESETS, Model
 from sample import WorldModel
 from support.options import option, program
@@ -70,8 +69,7 @@ def time_frames(model: Model, modes: dict[str, bool], frames: int,
     """Seconds of each new frame of rollouts from one given frame, decoding included: name of a mode
     -> its times.
 
-    modes  name -> streaming. Their frames are imagined in turn, so that all meet the same moods of
-           the machine.
+    modes  name -> streaming. Their frames are interleaved, so that machine load affects all alike.
     """
     random = np.random.default_rng(0)
     given = random.integers(0, 256, (1, *model.config.size, 3), dtype=np.uint8)
@@ -116,7 +114,7 @@ def measure(settings: "Settings") -> None:
     device = torch.device(settings.device or best_device())
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"
-    keep_freed_memory()
+    keep_malloc_heap()
     model = build(settings.size, settings.norm_scope, device).eval()
     print(f"{settings.size}, a U-Net of "
           f"{sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, on {name}; "
@@ -133,8 +131,7 @@ def measure(settings: "Settings") -> None:
           "recomputing, "
           f"{total[1] / total[0]:.1f} times; frame {settings.frames}: "
           f"{times['recomputing'][-1] / times['streaming'][-1]:.1f} times")
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     save_curves(out / f"speed_{settings.size}.png",
                 {f"{mode}, seconds": list(enumerate(times[mode], start=2)) for mode in times},
                 "frame")
@@ -183,7 +180,7 @@ def time_layers(rounds: int = 10) -> None:
         F.scaled_dot_product_attention(*pixels).sum().backward()
 
     def learn_quickly() -> None:
-        with quick_attention(torch.device("cpu"), bf16=True, small=True):
+        with math_attention_on_cpu(torch.device("cpu"), bf16=True, small=True):
             learn()
 
     def flat() -> None:
@@ -225,8 +222,4 @@ def run(settings: Settings) -> None:
     return time_layers() if settings.layers else measure(settings)
 
 
-main = program("speed", run, Settings, "Measure speed and memory.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "speed", run, Settings, "Measure speed and memory.")

@@ -7,7 +7,6 @@ thrown from what it had learned.
 
 How well they learn afterwards is measured by evaluation/ablations.py.
 """
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,14 +76,10 @@ def run(settings: Settings) -> None:
     for name, row in table.items():
         cells = " | ".join(f"{row[t]:.3f}" for t in shown)
         print(f"| {name} | **{np.sqrt(np.mean(row**2)):.3f}** | {cells} |")
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     save_curves(out / "distance.png", {name: list(enumerate(row)) for name, row in table.items()},
                 "frame")
     print(f"\nplot: {out}/distance.png")
 
 
-main = program("transfers", run, Settings, "Compare transfers and norm scopes.")
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "transfers", run, Settings, "Compare transfers and norm scopes.")

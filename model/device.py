@@ -22,13 +22,13 @@ def best_device() -> str:
     return "cpu"
 
 
-def slow_in_half(device: torch.device) -> bool:
+def bf16_is_emulated(device: torch.device) -> bool:
     """CPUs without AVX-512 compute bfloat16 in software: convolutions take twenty times as long."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def quick_attention(device: torch.device, bf16: bool, small: bool) -> AbstractContextManager:
-    """Within it, a small network in bfloat16 on a CPU learns with attention written out: the fused
+def math_attention_on_cpu(device: torch.device, bf16: bool, small: bool) -> AbstractContextManager:
+    """Within it, a small network in bfloat16 on a CPU trains with explicit attention: the fused
     kernel's backward pass takes several times as long there (`python -m evaluation.speed
     --layers`). A large network cannot spare the memory for it."""
     written_out = device.type == "cpu" and bf16 and small

@@ -10,7 +10,7 @@ from model.vid2world import Model
 from unet import UNet
 
 
-def halve_frozen(model: Model) -> None:
+def frozen_to_bf16(model: Model) -> None:
     """The autoencoder and the image tower in bfloat16, if they are frozen: for runs that compute in
     bfloat16 anyway."""
     for part in (model.autoencoder, model.image_tower):
@@ -27,9 +27,9 @@ def recompute_activations(unet: UNet) -> None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def keep_freed_memory() -> None:
+def keep_malloc_heap() -> None:
     """On Linux: do not hand memory back to the system after every operation, which would have to
-    zero it anew for the next.
+    zero it again for the next.
 
     About a fifth of a pass on the CPU would be spent on that. Other systems are left as they are.
     """
@@ -41,7 +41,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-8, 1)
 
 
-def return_freed_memory() -> None:
+def trim_malloc_heap() -> None:
     """On Linux: hand back what was kept. In play, worlds of all lengths come and go, and leave ever
     more gaps between them."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None

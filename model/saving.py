@@ -1,8 +1,8 @@
 """Models from and to disk: original checkpoints, released ones, runs of train.py, and the bundled
 files.
 
-A run folder holds `checkpoint.pt`, what learns and the optimizer, and `frozen.pt`, what does not,
-written once.
+A run folder holds `checkpoint.pt`, the trained weights and the optimizer, and `frozen.pt`, the
+rest, written once.
 """
 import os
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ PREFIXES = {"unet.": "model.diffusion_model.", "autoencoder.": "first_stage_mode
             "image_tower.": "embedder.model.visual.", "resampler.": "image_proj_model."}
 
 
-def readable_path(path: str | Path, *bundled: Path) -> str:
+def display_path(path: str | Path, *bundled: Path) -> str:
     """A path for people to read."""
     return f"{Path(path).name} (bundled)" if Path(path) in bundled else str(path)
 
@@ -45,7 +45,7 @@ def from_dynamicrafter(path: str | Path, config: ModelConfig, transfer: str = "m
     """A model from DynamiCrafter's checkpoint. Raises CheckpointError."""
     checkpoint = read_lightning(path := checkpoint_file(path))
     unet = load_dynamicrafter(checkpoint, config.unet, transfer, path)
-    return assemble(checkpoint, config, unet, path)
+    return build_model_around(checkpoint, config, unet, path)
 
 
 def from_vid2world(path: str | Path, config: ModelConfig | None = None) -> Model:
@@ -63,7 +63,7 @@ def from_vid2world(path: str | Path, config: ModelConfig | None = None) -> Model
     config = config or replace(PRESETS["512"], unet=UNetConfig(default_fps=3))
     unet = replace(config.unet, action_dim=len(first))
     config = replace(config, all_tokens_unless_full=True, unet=unet)
-    return assemble(checkpoint, config, load_vid2world(checkpoint, unet, path), path)
+    return build_model_around(checkpoint, config, load_vid2world(checkpoint, unet, path), path)
 
 
 def is_world(path: str | Path) -> bool:
@@ -80,7 +80,7 @@ def load_world_model(path: str | Path) -> Model:
 
 
 def from_world(path: str | Path, config: ModelConfig) -> Model:
-    """A model that goes on from a world model with other data: its actions, frame rate, size and
+    """A model that continues a world model on other data: its actions, frame rate, size and
     fit are those of `config`, all else stays. Raises CheckpointError."""
     model = load_world_model(path)
     if not model.config.unet.causal:
@@ -108,7 +108,7 @@ def replace_action_embedding(network: UNet, wanted: UNetConfig) -> UNet:
     return load_weights(other, weights | init_action_embedding(other), "the world")
 
 
-def assemble(checkpoint: dict[str, Tensor], config: ModelConfig, unet: UNet,
+def build_model_around(checkpoint: dict[str, Tensor], config: ModelConfig, unet: UNet,
              source: str | Path) -> Model:
     """The parts around a U-Net, from the same checkpoint."""
     with torch.device("meta"):
@@ -156,7 +156,7 @@ def preset_of(path: str | Path) -> str:
                key=lambda preset: abs(PRESETS[preset].base_scale - float(scale.min())))
 
 
-def by_our_names(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_keys(checkpoint: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parts of a DynamiCrafter checkpoint as the parameters of a Model."""
     return {ours + name: tensor for ours, theirs in PREFIXES.items()
             for name, tensor in select(checkpoint, theirs).items()}
@@ -241,14 +241,14 @@ def load_model(path: str | Path, content: dict | None = None, kind: type[Model] 
     weights = dict(saved.weights)
     if saved.frozen:
         beside = read_checkpoint(path.parent / saved.frozen)
-        base = by_our_names(beside.get("state_dict", {}))  # where a bundled base lies beside it
+        base = rename_keys(beside.get("state_dict", {}))  # where a bundled base lies beside it
         learned = [part for part in PARTS if any(name.startswith(part) for name in weights)]
         for name in base.keys() - weights.keys():
             if name.startswith(tuple(learned)):
                 raise CheckpointError(f"{path} lacks {name}, which learned, and {saved.frozen} "
                                       "beside it has it as it was before: fetch it again")
         weights = base | beside.get("weights", {}) | weights
-    with reading(f"{path} is no checkpoint of this project: it", CheckpointError):
+    with reading(f"{path} is not a checkpoint of this project: it", CheckpointError):
         with torch.device("meta"):
             model = kind(saved.config)
         if "fps" not in content.get("data", ()):  # the first format had neither
@@ -277,7 +277,7 @@ def read_saved(content: dict, path: Path) -> Saved:
             raise SchemaError(f"frozen is {saved.frozen!r:.60}; expected the name of a file beside "
                               "it")
     except UserError as error:
-        raise CheckpointError(f"{path} is no checkpoint of this project: {error}") from None
+        raise CheckpointError(f"{path} is not a checkpoint of this project: {error}") from None
     return saved
 
 

@@ -1,5 +1,4 @@
 """Drive an imagined world from a browser: python -m play"""
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ class Settings:
     data: str | None = option(None, "data set", choices=DATA_SETS)
     root: str | None = option(None, "its folder")
     guidance: float | None = option(
-        None, "1 follows the action as trained, more exaggerates it", type=float)
+        None, "1 follows the action as trained, more amplifies it", type=float)
     steps: int | None = option(None, "denoising steps per frame", type=int)
     host: str = option("127.0.0.1", "address to listen at")
     port: int = option(8000, "port to listen at", least=0)
@@ -58,9 +57,6 @@ def play(settings: Settings) -> None:
         server.end()
 
 
-main = program("play", play, Settings, "Drive an imagined world from the keyboard, in a browser. "
-               "What is left out comes from the checkpoint; without one, the bundled world "
-               "is played.", check)
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = program(__name__, "play", play, Settings, "Drive an imagined world from the keyboard, in a "
+               "browser. What is left out comes from the checkpoint; without one, the "
+               "bundled world is played.", check)

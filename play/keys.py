@@ -12,17 +12,17 @@ PAIRS = (("ArrowLeft", "ArrowRight"), ("ArrowDown", "ArrowUp"), ("s", "w"), ("a"
 
 
 def with_keys(dataset: DataSet, model: Model) -> DataSet:
-    """A data set with keys. Where it has none, a key takes a number two deviations from its mean,
-    and without a key all numbers are at their means."""
+    """A data set with keys. Where it has none, a key moves an action dimension two standard
+    deviations from its mean, and without a key all are at their means."""
     if dataset.keys:
         return dataset
-    mean, deviation, within = model.action_statistics.cpu().numpy().astype(float)
+    mean, std, within = model.action_statistics.cpu().numpy().astype(float)
     varying = np.flatnonzero(np.isfinite(within))
     names = dataset.names or [f"[{i}]" for i in range(len(mean))]
     keys = {}
     for (less, more), i in zip(PAIRS, varying.tolist(), strict=False):
-        keys[less] = Key(f"-{names[i]}", i, -2 * deviation[i])
-        keys[more] = Key(f"+{names[i]}", i, 2 * deviation[i])
+        keys[less] = Key(f"-{names[i]}", i, -2 * std[i])
+        keys[more] = Key(f"+{names[i]}", i, 2 * std[i])
     return replace(dataset, keys=keys, rest=tuple(mean), absolute=False)
 
 

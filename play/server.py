@@ -198,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b": still here\n\n")  # fails when the tab is closed
             elif isinstance(todo, tuple):
                 command, value = todo
-                session.obey(command, value)
+                session.execute(command, value)
                 if command in ("reset", "branch"):
                     self.event(command, **self.picture(session))
                 else:
@@ -299,6 +299,6 @@ class PlayServer(ThreadingHTTPServer):
         self.server_close()  # joins the threads
 
     def handle_error(self, *_) -> None:
-        """A tab that was closed in the middle of a frame is no error."""
+        """A tab that was closed in the middle of a frame is not an error."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             traceback.print_exc()

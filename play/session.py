@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from data import DataSet, Episodes
-from model.memory import return_freed_memory
+from model.memory import trim_malloc_heap
 from model.vid2world import to_frames
 from play.keys import Keyboard
 from sample import Window, WorldModel
@@ -80,7 +80,7 @@ class Session:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=duration,
                        loop=0)
         del images
-        return_freed_memory()
+        trim_malloc_heap()
         return file.getvalue()
 
     # What the stream does
@@ -96,7 +96,7 @@ class Session:
                 return self.orders.popleft()
             return self.keyboard.take_action() if moving() else None
 
-    def obey(self, command: str, value: object) -> None:
+    def execute(self, command: str, value: object) -> None:
         if command == "reset":
             self.begin()
         elif command == "branch":
@@ -117,7 +117,7 @@ class Session:
         with self.changed:
             self.keyboard.begin(actions[-1])
         self.remember(to_frames(self.world.window.pixels)[0, -1], anew=True)
-        return_freed_memory()
+        trim_malloc_heap()
 
     def step(self, action: np.ndarray) -> None:
         with self.network:
@@ -149,7 +149,7 @@ class Session:
                 self.played.pop()
             self.world.restore(self.moments[number].window)
             self.keyboard.rest = self.moments[number].rest
-        return_freed_memory()
+        trim_malloc_heap()
 
     def newest(self) -> tuple[int, np.ndarray, list[int]]:
         """Number and picture of the newest frame, and the numbers of all that are kept."""

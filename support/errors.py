@@ -1,4 +1,4 @@
-"""What a user can mend: a command prints it as one sentence, and exits with code 2."""
+"""Errors that a user can fix: a command prints it as one sentence, and exits with code 2."""
 import math
 import os
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def require_finite(what: str, number: float, advice: str = "a smaller learning r
                    ) -> None:
     """Raises DivergedError for NaN and infinities: what was learned from them is worth nothing."""
     if not math.isfinite(number):
-        raise DivergedError(f"{what} is {number:g}, no finite number; {advice}")
+        raise DivergedError(f"{what} is {number:g}, not a finite number; {advice}")
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def reading(what: str | Path, kind: type[UserError] = DataError) -> Iterator[Non
 def require_regular(path: str | Path, kind: type[UserError] = DataError) -> None:
     """Raises for a pipe or a device, whose reader would wait for ever."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise kind(f"{path} is no regular file")
+        raise kind(f"{path} is not a regular file")
 
 
 def stand_in(path: str | Path) -> str | None:

@@ -7,12 +7,10 @@
 
     def run(settings: Settings) -> int | None: ...
 
-    main = program("sample.py", run, Settings, "Roll out a world model.")
-
-    if __name__ == "__main__":
-        sys.exit(main())
+    main = program(__name__, "sample.py", run, Settings, "Roll out a world model.")
 """
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
@@ -85,7 +83,9 @@ def add_option(parser: argparse.ArgumentParser, setting: Field, default: object)
         words["action"] = argparse.BooleanOptionalAction if either else "store_true"
     elif "choices" not in words:
         words = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]} | words
-    shown = "" if default is None or kind is bool else f" (default: {default})"
+    below = isinstance(default, str) and default.startswith(os.getcwd())
+    default_words = os.path.relpath(default) if below else default
+    shown = "" if default is None or kind is bool else f" (default: {default_words})"
     parser.add_argument(f"--{setting.name.replace('_', '-')}", default=default,
                         help=(setting.metadata["help"] + shown).replace("%", "%%"), **words)
 
@@ -98,7 +98,7 @@ def write_utf8() -> None:
 
 
 def command(name: str, work: Callable[[], int | None]) -> int:
-    """Do the work; returns the exit code: 2 for what a user can mend, 130 for Ctrl-C."""
+    """Do the work; returns the exit code: 2 for what a user can fix, 130 for Ctrl-C."""
     write_utf8()
     try:
         return work() or 0
@@ -110,9 +110,15 @@ def command(name: str, work: Callable[[], int | None]) -> int:
         return 130
 
 
-def program(name: str, run: Callable[[object], int | None], settings_class: type, description: str,
-            complete: Callable | None = None) -> Callable[[Sequence[str] | None], int]:
+def program(module: str, name: str, run: Callable[[object], int | None], settings_class: type,
+            description: str, complete: Callable | None = None
+            ) -> Callable[[Sequence[str] | None], int]:
     """The `main` of a command: from its words (None: those of the command line) to its exit code.
-    `complete` is as in `parse`."""
-    return lambda argv=None: command(
-        name, lambda: run(parse(settings_class, description, argv, complete)))
+
+    module    `__name__`: where it is "__main__", the command runs
+    complete  as in `parse`
+    """
+    def main(argv: Sequence[str] | None = None) -> int:
+        return command(name, lambda: run(parse(settings_class, description, argv, complete)))
+
+    return sys.exit(main()) if module == "__main__" else main

@@ -39,7 +39,7 @@ def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8,
                captions: Sequence[str] = ()) -> None:
     """One row of frames per entry, uint8 [T, H, W, 3], under each other, labelled.
 
-    columns   frames side by side; longer videos go on below
+    columns   frames side by side; longer videos continue below
     captions  what led to each frame, written below
     """
     rows = {label: enlarge(frames, 96) for label, frames in rows.items()}

@@ -27,7 +27,7 @@ from episodes.csgo import csgo_action
 from episodes.tfrecord import (encode_example, write_records)
 from evaluation import (baselines, contact, drift, game, plan, policies)
 from model import device
-from model.memory import halve_frozen
+from model.memory import frozen_to_bf16
 from model.saving import (TINY_BASE, TINY_WORLD, frozen_weights, load_model, save, trained_weights)
 from model.vid2world import PRESETS, Model, to_frames
 from support.errors import DataError, RequestError
@@ -101,7 +101,7 @@ def test_diamond_trains_and_rolls_out():
                                    out / "checkpoint.pt", "--sampling", sampling, "--frames", 6)
         assert code == 0 and "2 frames at" in output, output
     refused(train_diamond.main, "sample", *words, "--checkpoint", TINY_WORLD,
-            saying="is no checkpoint of baselines/train_diamond.py")
+            saying="is not a checkpoint of baselines/train_diamond.py")
 
 
 def test_places_in_the_hall_are_compared_across_the_turn_of_a_circle():
@@ -111,7 +111,7 @@ def test_places_in_the_hall_are_compared_across_the_turn_of_a_circle():
 
 
 def test_a_pose_reader_learns_and_is_kept():
-    episodes = open_episodes("csgo", SAMPLES, "train").where(np.arange(6))
+    episodes = open_episodes("csgo", SAMPLES, "train").select(np.arange(6))
     reader = game.open_reader(path := folder() / "reader.pt", episodes, steps=60)
     frames = np.concatenate([episodes[i].frames for i in range(6)])
     poses = np.concatenate([episodes[i].feature(game.POSE) for i in range(6)])
@@ -132,9 +132,10 @@ def test_a_game_is_measured_against_diamond_and_standing_still():
     code, said = run_command(game.main, *words, "--quick", "--diamond", path)
     result = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))["short"]
     assert code == 0 and list(result) == ["repeating", "DIAMOND, fast", "DIAMOND, hq", "Vid2World"]
-    assert result["repeating"]["frames above repeating"] == 0 and "12 frames of own" in said
-    starts = game.Starts(np.zeros((2, 16, 64, 80, 3), np.uint8), np.zeros((2, 16, 51)), None)
-    clips = game.rollout_action(game.Still(), starts, batch=1, action=csgo_action(["w"]), new=20)
+    assert result["repeating"]["frames above repeating"] == 0 and "12 frames of recorded" in said
+    starts = game.InitialStates(np.zeros((2, 16, 64, 80, 3), np.uint8), np.zeros((2, 16, 51)), None)
+    clips = game.rollout_action(game.RepeatLastFrame(), starts, batch=1,
+                                action=csgo_action(["w"]), new=20)
     assert clips.shape == (2, 24, 64, 80, 3)  # longer than the episode
     refused(game.main, *words, "--frames", 500, saying="the longest has 104")
 
@@ -179,7 +180,7 @@ def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_acti
         assert videos.shape == (3, 2, 1, 1, 1)
         moved = (videos[:, 1] - starts).ravel()
         assert np.array_equal(moved, np.roll([2, 3, 2], 1) if shuffled else [2, 3, 2])
-    assert policies.to_action(np.array([[2.0, -0.5, 0, 1]])).tolist() == [
+    assert policies.policy_action(np.array([[2.0, -0.5, 0, 1]])).tolist() == [
         [0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, -0.5, 0]]
 
 
@@ -213,7 +214,7 @@ def test_contact_is_read_off_openings():
     assert contact.describe(true, imagined) == "1 of 3 | 100 % | 50 % | 20 | -10"
     assert contact.describe(true[1:2], true[1:2]) == "1 of 1 | 100 % | – | 0 | +0"
 
-    class Still:
+    class RepeatLastFrame:
         def reset(self, frames):
             self.actions = []
             assert frames.shape == (3, 1, 2, 2, 3)
@@ -223,7 +224,7 @@ def test_contact_is_read_off_openings():
             return starts + len(self.actions)
 
     starts, numbers = np.zeros((3, 2, 2, 3), np.uint8), np.random.uniform(-1, 1, (3, 5, 4))
-    videos = contact.rollout_actions(world := Still(), starts, numbers)
+    videos = contact.rollout_actions(world := RepeatLastFrame(), starts, numbers)
     assert videos[:, :, 0, 0, 0].tolist() == [[0, 1, 2, 3, 4, 5]] * 3
     assert np.allclose(np.stack(world.actions, 1)[..., 10:], numbers[..., :3], atol=1e-6)
 
@@ -391,7 +392,7 @@ def test_memory_is_counted_as_it_is():
 def test_frozen_parts_may_be_halved_and_frames_coded_one_by_one():
     root, out = make_rt1([8] * 6), folder() / "run"
     words = ["--bf16", "--base", TINY_BASE]
-    with mock.patch.object(train, "quick_attention") as quick:
+    with mock.patch.object(train, "math_attention_on_cpu") as quick:
         assert run_command(train.main, *train_words(root, out, 2, 1), *words)[0] == 0
     # and the loop learns with quick attention
     quick.assert_called_once_with(torch.device("cpu"), True, True)
@@ -407,7 +408,7 @@ def test_frozen_parts_may_be_halved_and_frames_coded_one_by_one():
         assert error_of(latents, together[0]) < 1e-5
         assert error_of(model.decode(latents), together[1]) < 1e-5
     model.autoencoder.requires_grad_(False)
-    halve_frozen(model)
+    frozen_to_bf16(model)
     assert {part: next(getattr(model, part).parameters()).dtype for part in (
         "autoencoder", "image_tower", "unet")} == {
         "autoencoder": torch.bfloat16, "image_tower": torch.float32, "unet": torch.float32}
@@ -431,7 +432,8 @@ def test_a_small_network_learns_in_bfloat16_with_attention_written_out():
         """Gradients, and whether the fused kernel made them."""
         generator = torch.Generator().manual_seed(0)
         heads = torch.randn(3, 2, 4, 20, 16, generator=generator).bfloat16().requires_grad_()
-        with device.quick_attention(torch.device("cpu"), *choice), torch.profiler.profile() as seen:
+        quick = device.math_attention_on_cpu(torch.device("cpu"), *choice)
+        with quick, torch.profiler.profile() as seen:
             nn.functional.scaled_dot_product_attention(*heads).square().sum().backward()
         return heads.grad, any("flash" in event.name for event in seen.events())
 

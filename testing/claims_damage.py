@@ -83,7 +83,7 @@ def test_fields_of_the_wrong_kind_are_refused_by_name():
                         ("config.unet.model_channels", 64.0), ("config.unet.norm_scope", "all"),
                         ("config.unet.channel_mult", [1] * 99), ("sampling", [3]),
                         ("data", {"name": 3}), ("frozen", "../frozen.pt"), ("weights", [1])):
-        with raises(CheckpointError, "no checkpoint of this project"):
+        with raises(CheckpointError, "not a checkpoint of this project"):
             load_world_model(spoiled(lambda content, p=path, v=value: put(content, p, v)))
     for field, value in (("steps", 0), ("guidance", "much"), ("eta", float("nan")), ("x", 1)):
         with raises(UserError, "steps is 0|sampling of the checkpoint"):
@@ -91,7 +91,7 @@ def test_fields_of_the_wrong_kind_are_refused_by_name():
     with raises(CheckpointError, "config has no size"):
         load_world_model(spoiled(lambda content: content["config"].pop("size")))
     for value in (torch.eye(3).to_sparse(), torch.eye(3, device="meta")):
-        with raises(CheckpointError, r"weights.text is no ordinary tensor"):
+        with raises(CheckpointError, r"weights.text is not an ordinary tensor"):
             load_world_model(spoiled(lambda c, v=value: put(c["weights"], "text", v)))
     torch.save({"preset": ["tiny"], "state_dict": {}}, path := folder() / "base.pt")
     with raises(CheckpointError, "is of preset"):
@@ -167,10 +167,10 @@ def test_weights_in_eight_bits_load_with_their_own_values():
 
 def test_a_pipe_is_not_waited_for():
     os.mkfifo(pipe := folder() / "pipe.pt")
-    with raises(CheckpointError, "is no regular file"):
+    with raises(CheckpointError, "is not a regular file"):
         load_world(pipe)
     os.mkfifo(pipe := folder() / "actions.npy")
-    refused(sample.main, "--actions", pipe, saying="is no regular file")
+    refused(sample.main, "--actions", pipe, saying="is not a regular file")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_training_ends_at_the_first_loss_that_is_not_a_number():
     words = train_words(SAMPLES, out, 6, 2, "val_every=100")
     with mock.patch.object(train, "batch_loss", breaks):
         code, said = run_command(train.main, *words)
-    assert code == 2 and re.search(r"step 3: .* is nan, no finite number; .*--resume", said), said
+    assert code == 2 and re.search(r"step 3: .* nan, not a finite number; .*--resume", said), said
     assert len(losses(out)) == 2
     saved = read_checkpoint(out / "checkpoint.pt")
     assert saved["step"] == 2 and all(w.isfinite().all() for w in saved["weights"].values())
@@ -352,9 +352,10 @@ def test_lerobot_metadata_of_other_programs_is_read_or_refused_in_a_sentence():
     converted = json.loads((out / "info.json").read_text(encoding="utf-8"))
     assert converted["names"] == ["dx", "dy", "grip"]
     refused(from_lerobot.main, root, out, "--camera", "wrist", saying="name another folder")
-    for changes, saying in (({"data_path": "{episode_index:9999999999999d}"}, "no path inside|left "
-                             "out|no episode"), ({"data_path": "/etc/passwd"}, "no path inside"),
-                            ({"data_path": "../{episode_index}"}, "no path inside"),
+    wide = {"data_path": "{episode_index:9999999999999d}"}
+    for changes, saying in ((wide, "not a path inside|left out|no episode"),
+                            ({"data_path": "/etc/passwd"}, "not a path inside"),
+                            ({"data_path": "../{episode_index}"}, "not a path inside"),
                             ({"data_path": "{secret}"}, "a path with {secret}"),
                             ({"fps": "ten"}, "fps is 'ten'"), ({"chunks_size": 0}, "chunks_size"),
                             ({"features": [1]}, "features is"), ({"data_path": 3}, "data_path")):

@@ -134,8 +134,8 @@ def test_npz_episodes_of_another_kind_are_refused_or_damaged():
     (root / "text.npz").write_text("not an archive", encoding="utf-8")
     episodes = {episode.name: episode for episode in open_episodes("rt1", root)}
     assert set(episodes) == {"good", "complex"}
-    assert any("short is damaged: it has 6 frames and 4 actions" in complaint
-               for complaint in open_episodes("rt1", root).complaints)
+    assert any("short is damaged: it has 6 frames and 4 actions" in problem
+               for problem in open_episodes("rt1", root).problems)
     with raises(DataError, "complex is damaged: action is complex64"):
         _ = episodes["complex"].frames
 
@@ -154,7 +154,7 @@ def test_pictures_of_every_kind_are_read_or_called_damaged():
     bomb = bytearray(png(Image.new("L", (4, 4))))
     bomb[16:24] = (30000).to_bytes(4, "big") * 2  # a header that claims 900 million pixels
     for broken in (bytes(bomb), grey[:40], b"", b"\x89PNG"):
-        with raises(DataError, "no readable picture|pixels"):
+        with raises(DataError, "not a readable picture|pixels"):
             decode(broken)
     with raises(DataError, "a frame has 5000×5000 pixels"):
         decode(png(Image.new("1", (5000, 5000))))
@@ -398,9 +398,9 @@ def test_bad_folders_are_named_and_refused():
     with contextlib.redirect_stdout(words):
         episodes = open_episodes("folder", root)
     assert "1 folders hold pictures and no actions.npy (episode_001)" in words.getvalue()
-    assert list(episodes.complaints) == [
+    assert list(episodes.problems) == [
         "episode episode_002 is damaged: it has 5 pictures and 6 rows in actions.npy"]
-    with raises(DataError, "episode_003 is damaged: 2.png is no readable picture"):
+    with raises(DataError, "episode_003 is damaged: 2.png is not a readable picture"):
         _ = next(e for e in episodes if e.name == "episode_003").frames
     np.save(root / "episode_004" / "actions.npy", np.zeros((6, 3)))
     with raises(DataError, "episode_004.*its actions have 3 numbers, not 2"):

@@ -146,7 +146,7 @@ def test_the_evaluation_command_measures_continues_and_shares():
 
 
 def test_the_bundled_world_predicts_what_actions_do():
-    episodes = open_episodes("rt1", SAMPLES, "val").where(np.arange(3))
+    episodes = open_episodes("rt1", SAMPLES, "val").select(np.arange(3))
     world = sample.load_world(TINY_WORLD, guidance=1.0, steps=2)
     (frames, actions), = evaluate.read_batches(episodes, 10, 3, world.model.config)
     tally = evaluate.evaluate(world, episodes, frames=10, context_frames=1, batch=3)
@@ -158,7 +158,7 @@ def test_the_bundled_world_predicts_what_actions_do():
 
 
 def test_the_bundled_game_beats_standing_still():
-    episodes = open_episodes("csgo", SAMPLES, "val").where(np.array([0, 1, 2]))
+    episodes = open_episodes("csgo", SAMPLES, "val").select(np.array([0, 1, 2]))
     world = sample.load_world(ARENA_WORLD)
     tally = evaluate.evaluate(world, episodes, frames=12, context_frames=4, batch=3)
     imagined, repeating = (tally.sums[name].mean() / 3 for name in ("psnr", "psnr of repeating"))
@@ -221,9 +221,9 @@ def test_runs_are_bundled_as_a_base_and_as_a_world():
 
 
 def test_the_gripper_is_read_off_frames_and_its_directions_off_episodes():
-    episodes = open_episodes("rt1", SAMPLES, "train").where(np.arange(16))
+    episodes = open_episodes("rt1", SAMPLES, "train").select(np.arange(16))
     reader = controllability.train_reader(episodes, steps=160, size=8)
-    held_out = open_episodes("rt1", SAMPLES, "val").where(np.arange(4))
+    held_out = open_episodes("rt1", SAMPLES, "val").select(np.arange(4))
     frames, places = controllability.recorded(held_out)
     with torch.no_grad():
         assert (reader(frames) - places).norm(dim=1).mean() < 4  # and about 20 for the mean place

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from causal_conv import TRANSFER_METHODS
 from evaluation.plan import build_model, count, sample_frame, train_step
-from model.device import slow_in_half
+from model.device import bf16_is_emulated
 from model.saving import from_dynamicrafter
 from model.vid2world import PRESETS, ModelConfig
 from sample import WorldModel
@@ -156,7 +156,7 @@ def prove(path: Path) -> None:
         words = "recomputing" if checkpointing else "keeping"
         compare_with_plan(f"a training step, half as wide, 128×256, float32, {words} activations",
                           HALF, partial(train_step, checkpointing=checkpointing, half=False))
-    if slow_in_half(torch.device("cpu")):
+    if bf16_is_emulated(torch.device("cpu")):
         print("a step in bfloat16 is left out: this CPU has no AVX-512")
     else:
         compare_with_plan("the same, 64×64, bfloat16, recomputing activations",

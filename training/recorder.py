@@ -22,7 +22,7 @@ from training.sharding import gather
 class Recorder:
     """Log, validation, checkpoints and strips of a run; `validate` gives the held-out loss.
 
-    A network that is in pieces (training/sharding.py) computes only if all processes do: then each
+    A sharded network (training/sharding.py) computes only if all processes do: then each
     has a recorder, and the first writes.
     """
 
@@ -69,7 +69,7 @@ class Recorder:
         if left > 1:
             tqdm.write(f"{seconds:.2f} s a step: about {left:.0f} minutes to go, strips not "
                        f"counted; --steps {self.settings.steps // 4} takes a quarter of the time "
-                       "(Ctrl-C saves, --resume goes on)")
+                       "(Ctrl-C saves, --resume continues)")
 
     def save_checkpoint(self, step: int) -> None:
         settings, model = self.settings, self.model
@@ -121,6 +121,6 @@ class Recorder:
         how = "stopped" if stopped else "done"
         print(f"{how} at step {len(self.log.rows)}: {', '.join(words)}")
         if stopped:
-            print(f"go on:  python train.py --resume --out {self.out}")
+            print(f"resume: python train.py --resume --out {self.out}")
         elif self.model.config.unet.causal:
             print(f"see it: python sample.py --checkpoint {self.out} --guidance 2.0")

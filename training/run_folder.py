@@ -66,7 +66,7 @@ class Claim:
             pass  # a file system without locks
 
     def check(self) -> None:
-        """Raises DataError if the folder was put aside or replaced while its run goes on."""
+        """Raises DataError if the folder was put aside or replaced while its run lives."""
         there = self.path.exists() and os.path.samestat(os.stat(self.path),
                                                         os.fstat(self.file.fileno()))
         if not there:
@@ -78,7 +78,7 @@ class Claim:
 
 
 def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to resume what is no run, and to write over files. Raises DataError."""
+    """Refuse to resume what is not a run, and to write over files. Raises DataError."""
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; --out names a folder")
     content = sorted({path.name for path in out.iterdir()} - {LOCK}) if out.exists() else []
@@ -90,7 +90,7 @@ def check_folder(out: Path, resume: bool, overwrite: bool) -> None:
         raise DataError(f"{out} holds other files ({', '.join(content[:3])}, …); --out names a "
                         "folder of its own")
     if not overwrite:
-        raise DataError(f"{out} holds a run: --resume goes on with it, --overwrite starts anew, "
+        raise DataError(f"{out} holds a run: --resume continues it, --overwrite replaces it, "
                         "--out names another folder")
 
 

@@ -1,4 +1,4 @@
-"""The settings of a training run: what can be chosen, what is used else, and what is refused."""
+"""Settings of a training run: options, defaults, validation."""
 import argparse
 import json
 import os
@@ -27,31 +27,30 @@ class Settings:
     fps: float | None = option(None, "its frames per second, where --data folder does not say",
                                type=float)
     base: str | None = option(None, "what to start from: DynamiCrafter's checkpoint, or a world")
-    scratch: bool = option(False, "start from random weights, but for the frozen parts of a --base")
+    scratch: bool = option(False, "start from random weights, except the frozen parts of a --base")
     passive: bool = option(False, "pretrain a passive model: bidirectional, no actions, one level")
     transfer: str = option("mixed", "how temporal kernels become causal", choices=TRANSFER_METHODS)
     frames: int = option(16, "frames per clip", least=2)
     size: list[int] | None = option(None, "pixels; if left out, the model's", type=int, nargs=2,
                                     metavar=("H", "W"))
     out: str = option("runs/default", "run folder")
-    resume: bool = option(False, "go on with the run in --out; its settings are the defaults")
-    overwrite: bool = option(False, "start anew in a folder that holds a run")
+    resume: bool = option(False, "resume the run in --out; its settings are the defaults")
+    overwrite: bool = option(False, "replace the run in --out")
     steps: int = option(100_000, "training steps")
     batch: int = option(8, "clips per process and forward pass")
     lr: float = option(1e-5, "learning rate", least=1e-12, most=1000)
     cooldown: int = option(0, "steps at the end over which it falls to zero", least=0)
     bf16: bool | None = option(None, "compute in bfloat16; if left out, on CUDA", type=bool)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
-    trainable: str = option("all", "what learns of the U-Net: all of it and the resampler, or its "
+    trainable: str = option("all", "parameters of the U-Net: all, and the resampler's, or those of "
                                    "temporal layers, action embedding and output",
                             choices=("all", "temporal"))
-    shard: bool = option(False, "with torchrun: spread what learns over the processes")
+    shard: bool = option(False, "with torchrun: shard trainable parameters over processes")
     save_every: int = option(500, "steps between checkpoints")
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames", least=0)
-    seed: int = option(0, "of everything random", least=0)
-    set: list[str] | None = option(None, "other settings of training/settings.py, such as "
-                                         "action_dropout=0",
-                                   nargs="+", action="extend")
+    seed: int = option(0, "random seed", least=0)
+    set: list[str] | None = option(None, "other settings, such as action_dropout=0", nargs="+",
+                                   action="extend")
     # Settings without an option, for --set.
     preset: str = "512"
     norm_scope: str = "frame"  # frames that temporal norms see; "clip", the paper's, leaks
@@ -89,8 +88,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     peek.add_argument("--out", default="runs/default")
     known, _ = peek.parse_known_args(argv)
     if known.resume:
-        anew = {"resume", "overwrite", "set", "shard"}
-        names = {each.name for each in fields(Settings)} - anew
+        not_kept = {"resume", "overwrite", "set", "shard"}
+        names = {each.name for each in fields(Settings)} - not_kept
         defaults = {name: value for name, value in read_settings(Path(known.out)).items()
                     if name in names}
     else:
@@ -100,8 +99,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
         defaults = {"base": base, "preset": preset} | (LAPTOP if PRESETS[preset].small else {})
     # a resumed run's settings come from a file
     with reading(f"the settings in {known.out}") if known.resume else nullcontext():
-        return parse(Settings, "Post-train a world model on robot episodes.", argv, complete,
-                     **defaults)
+        others = ", ".join(each.name for each in fields(Settings) if not each.metadata)
+        return parse(Settings, "Post-train a world model on robot episodes. --set knows "
+                     f"{others}.", argv, complete, **defaults)
 
 
 def complete(settings: Settings) -> None:

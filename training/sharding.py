@@ -6,7 +6,7 @@
                and let go after it; its gradients are added up and each process keeps its piece
 
 What is computed is the same. Checkpoints are too: the pieces are gathered when one is written and
-cut anew when one is read, so a run may go on with another number of processes, or with one.
+cut again when one is read, so a run may resume with another number of processes, or with one.
 """
 import warnings
 
@@ -35,7 +35,7 @@ def shard(model: Model, bf16: bool) -> None:
 
     bf16  gather weights in half precision; gradients are added up in float32 all the same
 
-    Raises RequestError without torchrun, for what is no world model, or with a PyTorch that has no
+    Raises RequestError without torchrun, for other than world models, or with a PyTorch without
     `fully_shard`.
     """
     if fully_shard is None:

@@ -16,10 +16,10 @@ from data import (SAMPLES, Clips, DataSet, Episodes, action_statistics, default_
                   random_frames)
 from dynamicrafter.checkpoint import read_checkpoint
 from dynamicrafter.resampler import Resampler
-from model.device import slow_in_half
+from model.device import bf16_is_emulated
 from model.memory import recompute_activations
 from model.saving import (TINY_BASE, from_dynamicrafter, from_world, is_world, load_model,
-                          readable_path)
+                          display_path)
 from model.vid2world import PRESETS, TUNED_SAMPLING, Model, to_pixels
 from support.errors import DataError
 from training.run_folder import Claim, check_folder, clear_folder, write_settings
@@ -49,12 +49,12 @@ def prepare(settings: Settings, recipe: Recipe, rank: int, device: torch.device
         recipe.wrap_episodes(open_episodes(settings.data, root, split, settings.frames,
                                            settings.fps))
         for split in ("train", "val"))
-    say(f"data: {settings.data} from {readable_path(root, SAMPLES)}: {len(episodes)} episodes to "
+    say(f"data: {settings.data} from {display_path(root, SAMPLES)}: {len(episodes)} episodes to "
         f"train on, {len(held_out)} held out; left out: {episodes.short + held_out.short} shorter "
         f"than {settings.frames} frames, {episodes.damaged + held_out.damaged} damaged")
-    for complaint in [*episodes.complaints, *held_out.complaints]:
-        say(f"left out: {complaint}")
-    base = readable_path(settings.base, TINY_BASE) if settings.base else "none, from scratch"
+    for problem in [*episodes.problems, *held_out.problems]:
+        say(f"left out: {problem}")
+    base = display_path(settings.base, TINY_BASE) if settings.base else "none, from scratch"
     say(f"base: {base}")
     model, saved = start_or_resume(settings, recipe, episodes, device)
     claim = None
@@ -65,7 +65,7 @@ def prepare(settings: Settings, recipe: Recipe, rank: int, device: torch.device
                        for wanted in (True, False))
     say(f"{trained / 1e6:.1f} M trainable parameters, {frozen / 1e6:.1f} M frozen"
         + (f"; resuming {settings.out} at step {saved['step']}" if saved else ""))
-    if settings.bf16 and slow_in_half(device):
+    if settings.bf16 and bf16_is_emulated(device):
         say("this CPU has no AVX-512, so bfloat16 is far slower than float32: leave --bf16 out")
     augment = episodes.dataset.augment if settings.augment is None else settings.augment
     clips = Clips(episodes, settings.frames, tuple(settings.size), settings.seed, augment)
@@ -135,8 +135,7 @@ def build_model(settings: Settings, dataset: DataSet) -> Model:
 
 
 def freeze_spatial_layers(model: Model) -> None:
-    """Train the temporal layers, the action embedding and the output alone: a third of the memory.
-    """
+    """Train temporal layers, action embedding and output alone: a third of the memory."""
     unet = model.unet
     for part in (unet, model.resampler, model.image_tower):
         part.requires_grad_(False)

@@ -47,7 +47,7 @@ from episodes.frames import for_metrics
 from episodes.npz import read_npy
 from model.device import best_device
 from model.memory import keep_malloc_heap
-from model.saving import ARENA_WORLD, TINY_WORLD, load_world_model, display_path
+from model.saving import ARENA_WORLD, TINY_WORLD, display_path, load_world_model
 from model.vid2world import Model, to_frames, to_pixels
 from support.errors import CheckpointError, DataError, RequestError
 from support.options import option, program

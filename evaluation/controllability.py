@@ -1,15 +1,13 @@
-"""Controllability: does the imagined arm go where it is told? python -m evaluation.controllability
+"""Controllability: does the predicted arm follow its actions? python -m evaluation.controllability
 
 Pictures alone cannot say: a sharp picture of a gripper in the wrong place looks right. So a small
-network learns to read the gripper's place off recorded frames, whose true place the simulator knew,
-and then reads it off imagined ones:
+probe is trained to read the gripper's place off recorded frames, where the simulator knows it, and
+then reads it off predicted ones:
 
-    own actions   from an episode's first frame, under its actions: how far is the gripper from
-                  where it was?
-    another's     under the actions of another episode: how far, if the actions were ignored or
-                  unknown?
-    sweeps        from one frame, 8 steps of full speed along +x, -x, +y, -y, +z, -z: does it go to
-                  that side?
+    recorded   actions from an episode's first frame: how far is the gripper from where it was?
+    shuffled   the actions of another episode: how far, if actions were ignored or unknown?
+    sweeps     from one frame, 8 steps of full speed along +x, -x, +y, -y, +z, -z: does it go to
+               that side?
 
 for several strengths of guidance and ranges of noise levels at which guidance applies.
 """
@@ -163,7 +161,7 @@ class Settings(WorldSettings):
         None, "LOW HIGH, once or several times: rows for each; if left out, the checkpoint's",
         type=int, nargs=2, least=0,
         action="append", metavar=("LOW", "HIGH"))
-    own: bool = option(False, "own actions alone: a third of the time")
+    own: bool = option(False, "recorded actions alone: a third of the time")
     out: str = option("evaluations/controllability", "folder for the pictures")
 
 
@@ -188,9 +186,8 @@ def run(settings: Settings) -> None:
     clips, actions = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     print(f"\n| guidance | at levels | gripper error at frame {settings.frames - 1} (pixels) | "
-          "PSNR (dB) | error under "
-          f"another's actions | PSNR | right side of the sweep (%) | {' | '.join(SWEEPS)} |\n|"
-          f"{' --- |' * (7 + len(SWEEPS))}")
+          "PSNR (dB) | error under shuffled actions | PSNR | correct direction of the sweep (%) | "
+          f"{' | '.join(SWEEPS)} |\n|{' --- |' * (7 + len(SWEEPS))}")
     for low, high in settings.guidance_levels or [world.sampling.guidance_levels]:
         errors = []
         for guidance in settings.guidance or [1.0, 2.0]:

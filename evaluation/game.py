@@ -113,7 +113,7 @@ def rollout_action(world: object, starts: InitialStates, batch: int,
 
 def follow(world: object, starts: InitialStates, reader: FrameReader, batch: int, new: int
            ) -> dict[str, float]:
-    """Under the episodes' own actions: pictures, and where the player is at the last frame."""
+    """Under the recorded actions: pictures, and where the player is at the last frame."""
     imagined = rollout_action(world, starts, batch, new=new)[:, GIVEN:]
     truth, last = starts.frames[:, GIVEN : GIVEN + new], GIVEN + new - 1
     repeated = psnr(starts.frames[:, GIVEN - 1, None], truth).mean(axis=0)

@@ -31,6 +31,7 @@ from testing.commands import folder, needs, raises, refused, run_command
 from testing.episodes import encode_jpeg, make_csgo, make_pictures, shard_of
 from testing.networks import small_networks
 from testing.worlds import SMALL, losses, save_world, small_checkpoint, small_preset, train_words
+from training.run_folder import read_settings
 from unet import load_dynamicrafter
 
 HERE = Path(__file__).parent.parent
@@ -255,6 +256,21 @@ def test_what_a_resumed_run_is_told_holds_for_the_next_command():
     assert json.loads((out / "arguments.json").read_text(encoding="utf-8"))["lr"] == 1e-4
 
 
+def test_names_of_earlier_versions_stay_readable():
+    run = save_world(folder() / "run")
+    content = torch.load(run / "checkpoint.pt", weights_only=True)
+    content["config"]["unet"].pop("action_init")
+    content["config"]["unet"]["loud_actions"] = True
+    content["config"]["fps"] = 7
+    torch.save(content, run / "checkpoint.pt")
+    unet = load_model(run).config.unet
+    assert unet.action_init == "he" and unet.default_fps == 7
+    (run / "arguments.json").write_text(json.dumps(
+        {"clear_frames": 0.6, "weighting": "clean", "loud_actions": False}), encoding="utf-8")
+    assert read_settings(run) == {"low_noise_prob": 0.6, "loss_weighting": "x0",
+                                  "action_init": "pytorch"}
+
+
 def test_numbers_on_the_command_line_have_bounds():
     for words, saying in ((["--lr", "nan"], "lr is nan"), (["--lr", "1e30"], "at most 1000"),
                           (["--lr", -1], "lr is -1.0; it must be at least")):
@@ -286,6 +302,12 @@ def test_hidden_files_of_a_mac_are_passed_over():
     for path in [*root.rglob("*.png"), *root.rglob("*.npy")]:
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7")
     assert [e.length for e in open_episodes("folder", root, fps=5)] == [6, 6]
+    arrays = folder()
+    for i in range(2):
+        np.savez(arrays / f"{i}.npz", image=np.zeros((6, 8, 8, 3), np.uint8), action=np.eye(6))
+        (arrays / f"._{i}.npz").write_bytes(b"\0\5\26\7")
+    episodes = open_episodes("folder", arrays, fps=5)
+    assert len(episodes) == 2 and not episodes.damaged
 
 
 def test_a_damaged_hdf5_file_leaves_the_others_in_use_and_none_reads_another_file():

@@ -14,7 +14,7 @@ The new kernel sees one frame that the old one never saw (t-2), and loses one th
 trained to see (t+1). `transfer_weights` has four ways to fill in the question marks:
 
     method          weight on t-2, t-1, t        what it keeps
-    mixed           w̄,   w₋₁,        w₀          weights in place; t-2 gets the mean of the three, w̄
+    mixed           w̄,   w₋₁,        w₀          weights in place; t-2 gets their mean, w̄
     shift           w₋₁, w₀,         w₊₁         every weight, each one frame late
     masked          0,   w₋₁,        w₀          weights in place; the future is dropped
     extrapolative   0,   w₋₁ - w₊₁,  w₀ + 2w₊₁   weights in place; a line stands in for the future

@@ -20,13 +20,13 @@ class SchemaError(UserError):
 
 
 def conform(kind: type, value: object, where: str,
-            bounds: Mapping[str, tuple[float, float]] = {}, spare: bool = False) -> object:  # noqa: B006
+            bounds: Mapping[str, tuple[float, float]] = BOUNDS, spare: bool = False) -> object:
     """`value`, as JSON or a checkpoint gives it, as `kind` describes it.
 
     kind    a dataclass (for a table of its fields; those without a default must be there),
             X | None, tuple[X, ...], tuple[X, Y], dict[str, X], bool, int, float, str, another class
     where   what a message calls the value
-    bounds  name of a field -> the least and the most; else BOUNDS. NaN is out of all bounds
+    bounds  name of a field -> the least and the most; others have those of BOUNDS. NaN is out
     spare   whether a table may have fields that the dataclass does not name; they are left out
 
     Raises SchemaError.

@@ -8,7 +8,6 @@ verified size and time are remembered), and every tensor must lie where the arch
 does, in full.
 """
 import json
-import os
 import struct
 import zipfile
 import zlib
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support.errors import CheckpointError, reading, stand_in
+from support.options import cache_folder
 
 UNET = "model.diffusion_model."  # a checkpoint's name for the U-Net
 SMALL = 256 * 2**20  # bytes: a file up to this size is checked at every reading, and copied
@@ -140,9 +140,8 @@ def remembered_checks(path: Path) -> Path | None:
     stat = path.stat()
     if stat.st_size <= SMALL:
         return None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vid2world"
     identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()
-    return cache / f"checked-{zlib.crc32(identity):08x}-{stat.st_size}-{stat.st_mtime_ns}"
+    return cache_folder() / f"checked-{zlib.crc32(identity):08x}-{stat.st_size}-{stat.st_mtime_ns}"
 
 
 SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,

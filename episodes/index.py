@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from episodes.formats import episode_name
 from support.errors import DataError
+from support.options import cache_folder
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")  # a folder's name in TFDS
 
@@ -102,8 +103,8 @@ Rows = list[tuple[int, int, int]]  # offset, size and frames of every episode in
 def load_index(name: str, root: Path, paths: list[Path],
                index_file: Callable[[Path], Rows]) -> np.ndarray:
     """The index of all files, int64 [episodes, 5]; only changed files are indexed again."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vid2world"
-    kept = folder / f"{name}-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.npz"
+    identity = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    kept = cache_folder() / f"{name}-{identity}.npz"
     known = read_kept(kept)
     names = [str(path).removeprefix(f"{root}{os.sep}") for path in paths]
     stamps = list(map(stamp, paths))

@@ -24,6 +24,7 @@ import numpy as np
 import train
 from evaluation.evaluate import WorldSettings, evaluate, open_held_out
 from evaluation.kept import decisive, kept, require_same
+from evaluation.transfers import StartSettings
 from model.saving import TINY_BASE, preset_of
 from sample import load_world
 from support.errors import DataError
@@ -53,11 +54,7 @@ VARIANTS = {  # name -> settings of train.py
 
 
 @dataclass
-class Settings:
-    base: str | None = option(None, "passive model to start from; if left out, the bundled one")
-    data: str = option("rt1", "data set")
-    root: str | None = option(None, "its folder; if left out, datasets/ or else the bundled "
-                                    "episodes")
+class Settings(StartSettings):
     variants: list[str] = option(None, f"which: {', '.join(VARIANTS)}; if left out, all", nargs="+",
                                  metavar="NAME", type=str)
     seeds: int = option(3, "runs of every variant")

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from evaluation.evaluate import WorldSettings
 from evaluation.policies import MARKS, STARTS, load_policies, policy_action
-from model.saving import TINY_WORLD
-from sample import WorldModel, load_world
+from sample import WorldModel
 from support.options import option, program
 from support.pictures import save_curves
 
@@ -52,8 +51,7 @@ def describe(true: np.ndarray, imagined: np.ndarray) -> str:
 
 
 def run(settings: Settings) -> None:
-    world = load_world(settings.checkpoint or TINY_WORLD, guidance=settings.guidance,
-                       steps=settings.steps, eta=settings.eta, seed=settings.seed)
+    world = settings.load_world(guidance=settings.guidance)
     (_, verifier), truth = load_policies(), np.load(STARTS)
     starts, found = truth["frames"][: settings.starts], {}
     print(f"{len(starts)} starts a policy; {world.sampling}\n\n{HEAD}")

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from data import Episodes, open_episodes
 from evaluation.evaluate import WorldSettings, rollout_batch, open_held_out, read_batches
-from model.saving import TINY_WORLD
 from model.vid2world import to_pixels
-from sample import WorldModel, load_world
+from sample import WorldModel
 from support.errors import DataError
 from support.options import option, program
 from support.pictures import psnr, save_curves, save_strip
@@ -166,8 +165,7 @@ class Settings(WorldSettings):
 
 
 def run(settings: Settings) -> None:
-    world = load_world(settings.checkpoint or TINY_WORLD, steps=settings.steps, eta=settings.eta,
-                       seed=settings.seed)
+    world = settings.load_world()
     episodes = open_held_out(settings, world)
     training = open_episodes(settings.data, settings.root, "train")
     if training.dataset.action_dim != WORLD_VECTOR.stop:

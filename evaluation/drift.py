@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DATA_SETS, bundled_world
+from data import DATA_SETS
 from evaluation.evaluate import WorldSettings, rollout_batch, open_held_out, read_batches
-from sample import load_world
 from support.options import option, program
 from support.pictures import psnr, save_curves, save_strip
 
@@ -43,8 +42,7 @@ class Settings(WorldSettings):
 
 
 def run(settings: Settings) -> None:
-    world = load_world(settings.checkpoint or bundled_world(settings.data), steps=settings.steps,
-                       eta=settings.eta, seed=settings.seed)
+    world = settings.load_world()
     episodes = open_held_out(settings, world)
     given_frames = DATA_SETS[settings.data].context_frames
     batches = read_batches(episodes, settings.frames, settings.batch, world.model.config)

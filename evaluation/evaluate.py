@@ -57,7 +57,12 @@ class WorldSettings:
     eta: float | None = option(None, "fresh noise per step; if left out, the checkpoint's",
                                type=float)
     batch: int = option(8, "worlds side by side")
-    seed: int = option(0, "of all noise", least=0)
+    seed: int = option(0, "random seed", least=0)
+
+    def load_world(self, device: torch.device | None = None, **options: object) -> WorldModel:
+        """The world model that is measured; `options` are further ones of WorldModel."""
+        return load_world(self.checkpoint or bundled_world(self.data), device, steps=self.steps,
+                          eta=self.eta, seed=self.seed, **options)
 
 
 @dataclass
@@ -287,9 +292,7 @@ def run(settings: Settings) -> None:
                "fvd": (i3d, settings.i3d)}
     networks = {name: load(path, device) for name, (load, path) in loaders.items() if path}
     levels = settings.guidance_levels and tuple(settings.guidance_levels)
-    world = load_world(settings.checkpoint or bundled_world(settings.data), device,
-                       guidance=settings.guidance, guidance_levels=levels, steps=settings.steps,
-                       eta=settings.eta, seed=settings.seed)
+    world = settings.load_world(device, guidance=settings.guidance, guidance_levels=levels)
     episodes = open_held_out(settings, world)
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     partial = out / f"partial_{rank}_of_{processes}.pt"

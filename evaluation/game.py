@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from baselines.diamond import STEPS, DiamondWorld
 from baselines.train_diamond import load_diamond
-from data import Episodes, bundled_world, open_episodes
+from data import Episodes, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from episodes.csgo import csgo_action
 from evaluation.evaluate import (RepeatLastFrame, WorldSettings, open_held_out, read_batches,
@@ -34,7 +34,7 @@ from evaluation.evaluate import (RepeatLastFrame, WorldSettings, open_held_out, 
 from evaluation.metrics import ssim
 from evaluation.readers import FrameReader, fit
 from model.saving import save
-from sample import WorldModel, load_world
+from sample import WorldModel
 from support.errors import CheckpointError, reading
 from support.options import option, program
 from support.pictures import psnr, save_strip
@@ -203,8 +203,7 @@ def mean_and_spread(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def run(settings: Settings) -> None:
-    world = load_world(settings.checkpoint or bundled_world(settings.data),
-                       guidance=settings.guidance, steps=settings.steps, eta=settings.eta)
+    world = settings.load_world(guidance=settings.guidance)
     if settings.quick:
         settings.frames = GIVEN + SHORT
     held_out = open_held_out(settings, world)

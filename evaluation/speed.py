@@ -25,6 +25,7 @@ from model.vid2world import PRESETS, Model
 from sample import WorldModel
 from support.options import option, program
 from support.pictures import save_curves
+from temporal.norm import CAUSAL_SCOPES
 from temporal.streaming import attend
 from unet import UNet, UNetConfig
 
@@ -203,7 +204,7 @@ def time_layers(rounds: int = 10) -> None:
 @dataclass
 class Settings:
     size: str = option("small", "of the model", choices=SIZES)
-    norm_scope: str = option("frame", "as in train.py", choices=("frame", "past"))
+    norm_scope: str = option("frame", "as in train.py", choices=CAUSAL_SCOPES)
     frames: int = option(16, "of the rollout that is timed, the given one included", least=2)
     steps: int = option(10, "denoising steps per frame")
     guidance: float = option(2.0, "with 1, a pass needs no second version of the new frame")

@@ -19,6 +19,7 @@ from model.saving import TINY_BASE, from_dynamicrafter, preset_of
 from model.vid2world import PRESETS, Model, to_pixels
 from support.options import option, program
 from support.pictures import save_curves
+from temporal.norm import CAUSAL_SCOPES
 
 LEVELS = (100, 300, 500, 700, 900)
 
@@ -43,7 +44,7 @@ def distances(base: Path, clips: Clips, number: int) -> dict[str, np.ndarray]:
     passive = velocities(from_dynamicrafter(base, config).eval(), frames)
     size = passive.square().sum((0, 1, 3, 4, 5))  # of every frame
     result = {}
-    for scope in ("past", "frame"):
+    for scope in CAUSAL_SCOPES:
         for transfer in TRANSFER_METHODS:
             unet = replace(config.unet, causal=True, norm_scope=scope)
             causal = from_dynamicrafter(base, replace(config, unet=unet), transfer)
@@ -53,11 +54,16 @@ def distances(base: Path, clips: Clips, number: int) -> dict[str, np.ndarray]:
 
 
 @dataclass
-class Settings:
+class StartSettings:
+    """What a comparison of trained models starts from."""
     base: str | None = option(None, "passive model to start from; if left out, the bundled one")
     data: str = option("rt1", "data set")
     root: str | None = option(None, "its folder; if left out, datasets/ or else the bundled "
                                     "episodes")
+
+
+@dataclass
+class Settings(StartSettings):
     clips: int = option(16, "held-out clips")
     frames: int = option(16, "frames per clip")
     out: str = option("evaluations/transfers", "folder for the plot")

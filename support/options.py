@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
+from pathlib import Path
 
 from support.errors import UserError
 
@@ -88,6 +89,11 @@ def add_option(parser: argparse.ArgumentParser, setting: Field, default: object)
     shown = "" if default is None or kind is bool else f" (default: {default_words})"
     parser.add_argument(f"--{setting.name.replace('_', '-')}", default=default,
                         help=(setting.metadata["help"] + shown).replace("%", "%%"), **words)
+
+
+def cache_folder() -> Path:
+    """Where what is found out about a user's files is kept between commands."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vid2world"
 
 
 def write_utf8() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from temporal.streaming import Cache, stream_statistics
 
 NORM_SCOPES = ("clip", "past", "frame")
+CAUSAL_SCOPES = NORM_SCOPES[1:]
 
 
 def past_by_definition(norm: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def frozen_weights(model: Model) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The data set that a world learned from."""
+    """The data set that a world model was trained on."""
     name: str | None = None
     root: str | None = None
     fps: float | None = None
@@ -212,13 +212,13 @@ class Saved:
     """What a checkpoint says of a model. That of a run holds the optimizer as well."""
     config: ModelConfig
     weights: dict[str, Tensor]
-    frozen: str | None  # the file beside it with what did not learn; None: all is here
+    frozen: str | None  # the file next to it with the frozen weights; None: all are here
     sampling: dict[str, object] = field(default_factory=dict)
     data: TrainedOn = TrainedOn()
     step: int = 0
 
 
-# Least and most of what would take for ever to build, or make numbers that are none.
+# Beyond these bounds a network takes too long to build, or divides by zero.
 BOUNDS = {"num_res_blocks": (1, 16), "layers": (1, 128), "depth": (1, 128), "base_scale": (1e-3, 1),
           "num_frames": (2, 1024), "default_fps": (1, 1000), "dropout": (0, 1),
           "latent_scale": (1e-6, 1e6), "step": (0, 2**53)}

@@ -1,4 +1,4 @@
-"""Errors that a user can fix: a command prints it as one sentence, and exits with code 2."""
+"""Errors that a user can fix: a command prints one as a sentence, and exits with code 2."""
 import math
 import os
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ class RequestError(UserError):
 
 
 class DivergedError(UserError):
-    """A training that has left the finite numbers."""
+    """A training whose loss or weights are no longer finite numbers."""
 
 
 def require_finite(what: str, number: float, advice: str = "a smaller learning rate may help"
                    ) -> None:
-    """Raises DivergedError for NaN and infinities: what was learned from them is worth nothing."""
+    """Raises DivergedError for NaN and infinities: nothing can be learned from them."""
     if not math.isfinite(number):
         raise DivergedError(f"{what} is {number:g}, not a finite number; {advice}")
 
@@ -56,7 +56,7 @@ def require_regular(path: str | Path, kind: type[UserError] = DataError) -> None
 
 def stand_in(path: str | Path) -> str | None:
     """What a file is that lies in the place of another, and how to get that; None if it is none."""
-    with suppress(OSError), open(path, "rb") as file:
+    with suppress(OSError, ValueError), open(path, "rb") as file:
         start = file.read(24)
         if start.startswith(b"version https://git-lfs"):
             return "is a Git LFS pointer and not the file it stands for: run `git lfs pull`"

@@ -127,4 +127,6 @@ def program(module: str, name: str, run: Callable[[object], int | None], setting
     def main(argv: Sequence[str] | None = None) -> int:
         return command(name, lambda: run(parse(settings_class, description, argv, complete)))
 
-    return sys.exit(main()) if module == "__main__" else main
+    if module == "__main__":
+        sys.exit(main())
+    return main

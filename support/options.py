@@ -127,6 +127,4 @@ def program(module: str, name: str, run: Callable[[object], int | None], setting
     def main(argv: Sequence[str] | None = None) -> int:
         return command(name, lambda: run(parse(settings_class, description, argv, complete)))
 
-    if module == "__main__":
-        sys.exit(main())
-    return main
+    return sys.exit(main()) if module == "__main__" else main

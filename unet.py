@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from action_guidance import MultiHotEmbedding, action_embedding
 from causal_attention import Attention, PointwiseConv1d, TemporalTransformer
 from causal_conv import TemporalConv, TemporalConvBlock, transfer_weights
-from dynamicrafter.checkpoint import UNET, load_weights, read_lightning, select
+from dynamicrafter.checkpoint import UNET, build_unfilled, load_weights, read_lightning, select
 from dynamicrafter.layers import (CrossAttention, Downsample, FeedForward, HeightCausalConv2d,
                                   InputConv, Upsample, sinusoidal_embedding, zero_init)
 from support.errors import CheckpointError
@@ -339,8 +339,7 @@ def load_dynamicrafter(checkpoint: Checkpoint, config: UNetConfig, transfer: str
     if any(".conv3d." in name for name in weights):
         raise CheckpointError(f"{source} is a Vid2World checkpoint, already causal: read it with "
                               "load_vid2world")
-    with torch.device("meta"):
-        network = UNet(config)
+    network = build_unfilled(UNet, config, weights)
     done = [f"{sum(p.numel() for p in network.parameters()) / 1e9:.2f} B parameters"]
 
     if config.causal:
@@ -372,8 +371,8 @@ def load_vid2world(checkpoint: Checkpoint, config: UNetConfig, source: str | Pat
     weights = {name.replace(".conv3d.", ".").replace(".conv2d.", "."): weight
                for name, weight in select(read_lightning(checkpoint), UNET).items()}
     table = "action_emb_preprocess.weight" in weights
-    with torch.device("meta"):
-        network = UNet(replace(config, causal=True, height_causal_out=True, action_table=table))
+    config = replace(config, causal=True, height_causal_out=True, action_table=table)
+    network = build_unfilled(UNet, config, weights)
     return load_weights(network, weights, str(source or checkpoint))
 
 

@@ -256,11 +256,19 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
+def build_unfilled(network_class: type[nn.Module], config: object, weights: dict[str, Tensor]
+                   ) -> nn.Module:
+    """A network that these weights will fill: a large one without memory, on the meta device; a
+    small one on the CPU, because PyTorch imports its compiler to initialise on meta, for a second.
+    """
+    large = sum(tensor.numel() for tensor in weights.values()) > 1e8
+    with torch.device("meta" if large else "cpu"):
+        return network_class(config)
+
+
 def load_part(network_class: type[nn.Module], config: object, weights: dict[str, Tensor],
               prefix: str, source: str | Path) -> nn.Module:
     """One frozen part of a checkpoint that has been read: its network, filled from `prefix`."""
-    with torch.device("meta"):
-        network = network_class(config)
     part = select(weights, prefix)
     part.pop("logit_scale", None)  # the temperature of CLIP's training loss, which no network uses
-    return load_weights(network, part, source=str(source))
+    return load_weights(build_unfilled(network_class, config, part), part, source=str(source))

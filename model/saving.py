@@ -14,8 +14,8 @@ from torch import Tensor
 
 from diffusion_forcing import NoiseSchedule
 from dynamicrafter.autoencoder import Autoencoder
-from dynamicrafter.checkpoint import (load_part, load_weights, read_checkpoint, read_lightning,
-                                      select)
+from dynamicrafter.checkpoint import (build_unfilled, load_part, load_weights, read_checkpoint,
+                                      read_lightning, select)
 from dynamicrafter.clip import ImageTower, TextTower
 from dynamicrafter.resampler import Resampler
 from model.vid2world import PRESETS, Model, ModelConfig, plain_statistics
@@ -102,17 +102,16 @@ def replace_action_embedding(network: UNet, wanted: UNetConfig) -> UNet:
         return network
     weights = {name: tensor for name, tensor in network.state_dict().items()
                if not name.startswith("action_emb")}
-    with torch.device("meta"):
-        other = UNet(replace(network.config, action_dim=wanted.action_dim, action_table=False,
-                             action_init=wanted.action_init))
+    other = build_unfilled(UNet, replace(network.config, action_dim=wanted.action_dim,
+                                         action_table=False, action_init=wanted.action_init),
+                           weights)
     return load_weights(other, weights | init_action_embedding(other), "the world")
 
 
 def build_model_around(checkpoint: dict[str, Tensor], config: ModelConfig, unet: UNet,
              source: str | Path) -> Model:
     """The parts around a U-Net, from the same checkpoint."""
-    with torch.device("meta"):
-        model = Model(config)
+    model = build_unfilled(Model, config, checkpoint)
     model.unet = unet
     model.config = replace(config, unet=unet.config)
     model.autoencoder = load_part(Autoencoder, config.autoencoder, checkpoint, "first_stage_model.",
@@ -249,8 +248,7 @@ def load_model(path: str | Path, content: dict | None = None, kind: type[Model] 
                                       "beside it has it as it was before: fetch it again")
         weights = base | beside.get("weights", {}) | weights
     with reading(f"{path} is not a checkpoint of this project: it", CheckpointError):
-        with torch.device("meta"):
-            model = kind(saved.config)
+        model = build_unfilled(kind, saved.config, weights)
         if "fps" not in content.get("data", ()):  # the first format had neither
             weights.setdefault("text", torch.zeros(1, saved.config.unet.context_dim))
             weights.setdefault("action_statistics", plain_statistics(model.action_dim))

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import SkipTest, mock
 
 import numpy as np
@@ -37,6 +38,7 @@ import train
 from action_guidance import align_actions, drop_actions, guide
 from causal_conv import TRANSFER_METHODS, TemporalConv, transfer_weights
 from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss, draw_levels
+from data import open_episodes
 from dynamicrafter import checkpoint
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.checkpoint import read_checkpoint
@@ -46,10 +48,10 @@ from dynamicrafter.resampler import Resampler, ResamplerConfig
 from episodes.tfrecord import (encode_example, write_records)
 from evaluation.nar import sample_jointly
 from model import saving
-from model.memory import recompute_activations
+from model.memory import encode_once, recompute_activations
 from model.saving import (TINY_BASE, TINY_WORLD, from_dynamicrafter, from_vid2world, load_model,
                           preset_of)
-from model.vid2world import PRESETS, TUNED_SAMPLING, Model, ModelConfig
+from model.vid2world import PRESETS, TINY, TUNED_SAMPLING, Model, ModelConfig
 from sample import Sampling, WorldModel
 from support.errors import CheckpointError, RequestError
 from temporal.norm import TemporalNorm, past_by_definition
@@ -1070,6 +1072,63 @@ def test_the_whole_path_trains_resumes_and_rolls_out():
     content = (whole / "checkpoint.pt").read_bytes()
     (whole / "checkpoint.pt").write_bytes(content[: len(content) // 2])
     refused(sample.main, "--checkpoint", whole, saying="truncated")
+
+
+def test_validation_says_whether_a_world_follows_its_actions():
+    root = make_rt1([8] * 12)
+    held_out, settings = open_episodes("rt1", root, "val"), Settings(frames=4, size=[32, 40])
+    settings.val_clips, seen = 3, []
+
+    class Follows(nn.Module):  # is wrong by how far the actions are from the clip's own
+        def __init__(self, model, bf16):
+            super().__init__()
+
+        def forward(self, frames, actions, random):
+            seen.append(actions)
+            return (actions - seen[len(seen) - 1 & ~1]).square().mean()
+
+    class Ignores(Follows):
+        def forward(self, frames, actions, random):
+            return frames.float().mean()
+
+    model = Model(replace(TINY, unet=replace(TINY.unet, causal=True, action_dim=13)))
+    measured = train.validate(model, held_out, settings, Follows)
+    own, others = seen[::2], seen[1::2]
+    assert all(torch.equal(others[i], own[(i + 1) % 3]) for i in range(3))
+    apart = [(other - mine).square().mean().item()
+             for mine, other in zip(own, others, strict=True)]
+    assert measured["val"] == 0 and abs(measured["gap"] - np.mean(apart)) < 1e-6
+    assert abs(measured["gap_error"] - np.std(apart, ddof=1) / 3**0.5) < 1e-6 and max(apart) > 0
+    assert train.validate(model, held_out, settings, Ignores)["gap"] == 0
+    passive = train.validate(Model(TINY), held_out, settings, Ignores)
+    assert list(passive) == ["val"]
+
+    def said(*vals, gap):
+        rows = [{"step": i, "val": val, "gap": gap, "gap_error": 0.1}
+                for i, val in enumerate(vals)]
+        recorder = SimpleNamespace(model=model, log=SimpleNamespace(rows=rows))
+        return run_command(lambda _: Recorder.say_how_it_went(recorder))[1]
+
+    assert "does not follow its actions" in said(0.3, 0.2, gap=0.19)
+    assert "lowest" not in said(0.3, 0.2, gap=0.21) and "world follows" in said(0.2, gap=0.21)
+    assert "lowest at step 1: 0.2000; now it is 0.3000" in said(0.4, 0.2, 0.3, gap=0)
+
+
+def test_a_frozen_autoencoder_encodes_a_frame_once():
+    autoencoder, calls = Model(TINY).autoencoder, []
+    pixels = torch.rand(2, 3, 3, 16, 16)
+    wanted = autoencoder.encode(pixels)
+    autoencoder.encoder.register_forward_hook(lambda *call: calls.append(len(call[1][0])))
+    encode_once(autoencoder, most=4)
+    with torch.no_grad():
+        for clip in (pixels[:1], pixels[:1].flip(1), pixels):
+            autoencoder.encode(clip)
+        assert calls == [3, 3] and torch.allclose(autoencoder.encode(pixels), wanted, atol=1e-5)
+        autoencoder.encode(torch.rand(1, 2, 3, 16, 16))
+        autoencoder.encode(new := torch.rand(1, 2, 3, 16, 16))
+        assert calls == [3, 3, 2, 2]  # six are known, more than four
+        autoencoder.encode(new)
+        assert calls == [3, 3, 2, 2, 2]
 
 
 def test_bad_input_to_training_is_refused_in_a_sentence():

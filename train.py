@@ -37,7 +37,7 @@ from action_guidance import align_actions, drop_actions
 from data import Clips, Episodes, collate, require_clips
 from diffusion_forcing import diffusion_forcing_loss, draw_levels
 from model.device import math_attention_on_cpu
-from model.memory import frozen_to_bf16, keep_malloc_heap
+from model.memory import encode_once, frozen_to_bf16, keep_malloc_heap
 from model.vid2world import Model, to_pixels
 from support.errors import CheckpointError, reading, require_finite
 from support.options import command
@@ -148,6 +148,8 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
         recorder = Recorder(settings, model, optimizer, held_out, validation, start, claim)
     if settings.bf16:
         frozen_to_bf16(model)
+    if model.config.small and device.type == "cpu" and not clips.augment:
+        encode_once(model.autoencoder)
 
     quick = math_attention_on_cpu(device, settings.bf16, model.config.small)
     with stop_on_signals() as stop, quick:
@@ -220,8 +222,9 @@ def load_batches(clips: Clips, settings: Settings, start: int, rank: int, proces
 
 @torch.no_grad()
 def validate(model: Model, held_out: Episodes, settings: Settings,
-             loss_class: type[nn.Module] = PostTraining) -> float:
-    """Mean loss on held-out clips, always with the same noise and levels.
+             loss_class: type[nn.Module] = PostTraining) -> dict[str, float]:
+    """"val", the mean loss of held-out clips, always with the same noise and levels; "gap", by how
+    much it rises under the actions of other clips, and "gap_error", its standard error.
 
     A causal model is measured with a level per frame, whatever it trains with; nothing is dropped.
     """
@@ -229,14 +232,19 @@ def validate(model: Model, held_out: Episodes, settings: Settings,
                     shared_level=not model.config.unet.causal)
     model.eval()
     clips = Clips(held_out, settings.frames, tuple(settings.size), settings.seed)
-    losses = []
-    for first in range(0, settings.val_clips, settings.batch):
-        numbers = range(first, min(first + settings.batch, settings.val_clips))
-        batch = require_clips(collate([clips[i] for i in numbers]))
-        measured = batch_loss(loss_class(model, settings.bf16), model, batch, fixed).item()
-        losses += [measured] * len(numbers)
+    batches = [require_clips(collate([clips[i]])) for i in range(settings.val_clips)]
+    compute_loss = loss_class(model, settings.bf16)
+    losses, gaps = [], []
+    for batch, other in zip(batches, batches[1:] + batches[:1], strict=True):
+        losses.append(batch_loss(compute_loss, model, batch, fixed).item())
+        if model.action_dim and len(batches) > 1:
+            shuffled = batch_loss(compute_loss, model, batch | {"actions": other["actions"]}, fixed)
+            gaps.append(shuffled.item() - losses[-1])
     model.train()
-    return sum(losses) / len(losses)
+    if not gaps:
+        return {"val": np.mean(losses)}
+    return {"val": np.mean(losses), "gap": np.mean(gaps),
+            "gap_error": np.std(gaps, ddof=1) / len(gaps)**0.5}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

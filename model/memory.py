@@ -4,8 +4,11 @@ import ctypes
 import sys
 from functools import partial
 
+import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dynamicrafter.autoencoder import Autoencoder
 from model.vid2world import Model
 from unet import UNet
 
@@ -17,6 +20,22 @@ def frozen_to_bf16(model: Model) -> None:
         if not any(parameter.requires_grad for parameter in part.parameters()):
             for parameter in part.parameters():
                 parameter.data = parameter.data.bfloat16()
+
+
+def encode_once(autoencoder: Autoencoder, most: int = 100_000) -> None:
+    """Keep what a frozen autoencoder makes of a frame, because training comes back to it: a seventh
+    of a small world's step. Frames are known by their pixels, up to `most` of them (1 GB)."""
+    encode, known = autoencoder.moments, {}
+
+    def moments(pixels: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, 2·C, h, w]
+        keys = [hash(frame.tobytes()) for frame in pixels.numpy()]
+        new = [i for i, key in enumerate(keys) if key not in known]
+        found = dict(zip([keys[i] for i in new], encode(pixels[new]), strict=True)) if new else {}
+        if len(known) < most:
+            known.update(found)
+        return torch.stack([known[key] if key in known else found[key] for key in keys])
+
+    autoencoder.moments = moments
 
 
 def recompute_activations(unet: UNet) -> None:

@@ -20,14 +20,14 @@ from training.sharding import gather
 
 
 class Recorder:
-    """Log, validation, checkpoints and strips of a run; `validate` gives the held-out loss.
+    """Log, validation, checkpoints and strips of a run; `validate` is `train.validate`.
 
     A sharded network (training/sharding.py) computes only if all processes do: then each
     has a recorder, and the first writes.
     """
 
     def __init__(self, settings: Settings, model: Model, optimizer: torch.optim.Optimizer,
-                 held_out: Episodes, validate: Callable[[], float], start: int,
+                 held_out: Episodes, validate: Callable[[], dict], start: int,
                  claim: Claim | None):
         self.settings, self.model, self.optimizer = settings, model, optimizer
         self.held_out, self.validate = held_out, validate
@@ -48,7 +48,7 @@ class Recorder:
         def due(every: int) -> bool:
             return last or step % every == 0
 
-        held_out = self.validate() if due(settings.val_every) else None
+        held_out = self.validate() if due(settings.val_every) else {}
         if self.writes:
             self.claim.check()
             for message in sorted(set(damaged) - self.damaged):
@@ -120,7 +120,21 @@ class Recorder:
         words.append(f"{len(self.damaged)} damaged episodes skipped")
         how = "stopped" if stopped else "done"
         print(f"{how} at step {len(self.log.rows)}: {', '.join(words)}")
+        self.say_how_it_went()
         if stopped:
             print(f"resume: python train.py --resume --out {self.out}")
         elif self.model.config.unet.causal:
             print(f"see it: python sample.py --checkpoint {self.out} --guidance 2.0")
+
+    def say_how_it_went(self) -> None:
+        """Whether the world follows its actions, and whether an earlier step was better."""
+        rows = [row for row in self.log.rows if "val" in row]
+        if rows and "gap" in rows[-1] and self.model.config.unet.causal:
+            gap, error = rows[-1]["gap"], rows[-1]["gap_error"]
+            follows = "follows" if gap > 2 * error else "does not follow"
+            print(f"the world {follows} its actions: under those of other clips the held-out loss "
+                  f"changes by {gap:+.4f} ± {error:.4f}")
+        best = min(rows, key=lambda row: row["val"], default=None)
+        if best and best is not rows[-1]:
+            print(f"held-out loss was lowest at step {best['step']}: {best['val']:.4f}; now it is "
+                  f"{rows[-1]['val']:.4f}")

@@ -25,23 +25,31 @@ class Log:
         self.rows = [json.loads(line) for line in lines]
         self.path.write_text("".join(lines), encoding="utf-8")
 
-    def write(self, step: int, loss: float, val: float | None) -> None:
-        self.rows.append({"step": step, "loss": loss} | ({} if val is None else {"val": val}))
+    def write(self, step: int, loss: float, held_out: dict[str, float]) -> None:
+        self.rows.append({"step": step, "loss": loss} | held_out)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
 
+    def measured(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of what validation gives."""
+        return [(row["step"], row[name]) for row in self.rows if name in row]
+
     def summary(self) -> dict[str, str]:
-        recent = [row["loss"] for row in self.rows[-50:]]
-        vals = [row["val"] for row in self.rows if "val" in row]
-        return {"loss": f"{np.mean(recent):.4f}"} | ({"val": f"{vals[-1]:.4f}"} if vals else {})
+        """The latest losses."""
+        words = {"loss": f"{np.mean([row['loss'] for row in self.rows[-50:]]):.4f}"}
+        for name, sign in (("val", ""), ("gap", "+")):
+            if measured := self.measured(name):
+                words[name] = f"{measured[-1][1]:{sign}.4f}"
+        return words
 
     def plot(self) -> None:
         size = max(1, len(self.rows) // 200)  # steps per point: single steps are too noisy to read
         blocks = [self.rows[i : i + size] for i in range(0, len(self.rows), size)]
         means = [(block[-1]["step"], np.mean([row["loss"] for row in block])) for block in blocks]
-        held_out = [(row["step"], row["val"]) for row in self.rows if "val" in row]
-        save_curves(self.picture, {f"training, mean of {size}": means, "held out": held_out},
-                    "step")
+        gap = [(step, max(value, 0)) for step, value in self.measured("gap")]
+        save_curves(self.picture, {f"training, mean of {size}": means,
+                                   "held out": self.measured("val"),
+                                   "more with others' actions": gap}, "step")
 
 
 class Claim:

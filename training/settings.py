@@ -76,7 +76,7 @@ class Settings:
 # A small model on a laptop takes larger and fewer steps, and too few of them to see a picture in
 # many lights.
 LAPTOP = {"batch": 4, "lr": 1e-3, "steps": 500, "warmup": 50, "cooldown": 250, "save_every": 100,
-          "val_every": 100, "val_clips": 8, "sample_every": 100, "augment": False}
+          "val_every": 100, "val_clips": 8, "sample_every": 100, "augment": False, "dropout": 0.0}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Settings:

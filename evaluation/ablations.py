@@ -1,5 +1,7 @@
 """Does it matter? Change one idea at a time, and see: python -m evaluation.ablations [--quick]
 
+    python -m evaluation.ablations --variants baseline "batch=2 steps=600" base=runs/other.pt
+
 Every variant is post-trained by train.py from the bundled base (or another in --base), for the same
 few steps on the same clips in the same order with the same noise, once per seed; then all are
 compared on held-out episodes:
@@ -16,7 +18,7 @@ D.10 and D.11.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +57,9 @@ VARIANTS = {  # name -> settings of train.py
 
 @dataclass
 class Settings(StartSettings):
-    variants: list[str] = option(None, f"which: {', '.join(VARIANTS)}; if left out, all", nargs="+",
-                                 metavar="NAME", type=str)
+    variants: list[str] = option(None, f"which: {', '.join(VARIANTS)}, or settings of train.py "
+                                       "as \"lr=5e-4 batch=2\"; if left out, all with names",
+                                 nargs="+", metavar="NAME", type=str)
     seeds: int = option(3, "runs of every variant")
     steps: int = option(80, "of post-training")
     cooldown: int = option(40, "as in train.py", least=0)
@@ -77,12 +80,30 @@ def complete(settings: Settings) -> None:
     settings.base = settings.base or str(TINY_BASE)
     settings.variants = settings.variants or list(VARIANTS)
     settings.out = settings.out or "runs/ablations" + "_quick" * settings.quick
-    unknown = [name for name in settings.variants if name not in VARIANTS]
-    if unknown:
-        raise DataError(f"there is no variant {unknown[0]!r}; known are {', '.join(VARIANTS)}")
+    for variant in settings.variants:
+        changes(variant)
     if settings.quick:
         settings.seeds, settings.steps, settings.cooldown, settings.frames = 1, 20, 10, 8
         settings.val_clips, settings.episodes = 8, 2
+
+
+def changes(variant: str) -> dict:
+    """Settings of train.py that a variant changes. Raises DataError for one that nobody knows."""
+    if variant in VARIANTS:
+        return VARIANTS[variant]
+    known = {each.name for each in fields(training.Settings)}
+    pairs = [assignment.partition("=") for assignment in variant.split()]
+    if not all(name in known and value for name, _, value in pairs):
+        raise DataError(f"there is no variant {variant!r}; known are {', '.join(VARIANTS)}, and "
+                        "settings of train.py such as lr=5e-4")
+    return {name: from_text(value) for name, _, value in pairs}
+
+
+def from_text(value: str) -> object:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def post_train(run: Path, changes: dict, seed: int, settings: Settings,
@@ -111,10 +132,10 @@ def post_train(run: Path, changes: dict, seed: int, settings: Settings,
 def measure(variant: str, seed: int, settings: Settings) -> dict:
     """{"loss": {step: loss}, "psnr": dB} of a variant and seed, from its result file or made now.
     """
-    run = Path(settings.out) / f"{re.sub(r'[^a-z]+', '_', variant)}_{seed}"
+    run = Path(settings.out) / f"{re.sub(r'[^a-z0-9.]+', '_', variant)}_{seed}"
 
     def make() -> dict:
-        losses = post_train(run, VARIANTS[variant], seed, settings)
+        losses = post_train(run, changes(variant), seed, settings)
         guidance = 1.0 if variant == "no action dropout" else settings.guidance
         world = load_world(run, guidance=guidance, steps=settings.denoising_steps, seed=seed)
         rolled_out = WorldSettings(data=settings.data, root=settings.root,

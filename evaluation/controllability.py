@@ -11,6 +11,7 @@ then reads it off predicted ones:
 
 for several strengths of guidance and ranges of noise levels at which guidance applies.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,18 +117,35 @@ def central_frames(episodes: Episodes) -> np.ndarray:
     return np.stack([episodes[i].read(t, t + 1)[0] for i, t in enumerate(nearest)])
 
 
-def follow(world: WorldModel, reader: GripperReader, clips: np.ndarray, actions: np.ndarray,
-           truth: np.ndarray, batch: int) -> tuple[float, float]:
-    """Roll all episodes out under these actions: distance in pixels of the imagined gripper from
-    its true place at the last frame, and PSNR of all imagined frames, both means over episodes.
+def follow(worlds: Sequence[WorldModel], reader: GripperReader, clips: np.ndarray,
+           actions: np.ndarray, truth: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Roll all episodes out under these actions in every world: of each episode the distance in
+    pixels of the imagined gripper from its true place at the last frame, and the PSNR of its
+    imagined frames, [N] each, means over worlds.
 
+    worlds  alike but for their noise
     clips uint8 [N, T, H, W, 3], actions [N, T, A], truth [N, T, 2] the true place of the gripper
     """
-    imagined = np.concatenate([
-        rollout_batch(world, clips[i : i + batch], actions[i : i + batch, :-1])
-        for i in range(0, len(clips), batch)])
-    error = np.linalg.norm(reader.read(imagined[:, -1]) - truth[:, -1], axis=-1)
-    return error.mean(), psnr(imagined, clips)[:, 1:].mean()
+    errors, psnrs = [], []
+    for world in worlds:
+        imagined = np.concatenate([
+            rollout_batch(world, clips[i : i + batch], actions[i : i + batch, :-1])
+            for i in range(0, len(clips), batch)])
+        errors.append(np.linalg.norm(reader.read(imagined[:, -1]) - truth[:, -1], axis=-1))
+        psnrs.append(psnr(imagined, clips)[:, 1:].mean(axis=1))
+    return np.mean(errors, axis=0), np.mean(psnrs, axis=0)
+
+
+def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """The 95 % interval of the mean of values [N], by drawing episodes again."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
+    return low, high
+
+
+def mean_and_interval(values: np.ndarray, sign: str = "") -> str:
+    low, high = bootstrap(values)
+    return f"{values.mean():{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
 
 
 def sweep(world: WorldModel, starts: np.ndarray, batch: int) -> dict[str, np.ndarray]:
@@ -161,6 +179,7 @@ class Settings(WorldSettings):
         type=int, nargs=2, least=0,
         action="append", metavar=("LOW", "HIGH"))
     own: bool = option(False, "recorded actions alone: a third of the time")
+    seeds: int = option(4, "rollouts of each, with noise of their own")
     out: str = option("evaluations/controllability", "folder for the pictures")
 
 
@@ -183,26 +202,33 @@ def run(settings: Settings) -> None:
     batches = read_batches(episodes, settings.frames, settings.batch, world.model.config)
     clips, actions = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
-    print(f"\n| guidance | at levels | gripper error at frame {settings.frames - 1} (pixels) | "
-          "PSNR (dB) | error under shuffled actions | PSNR | correct direction of the sweep (%) | "
-          f"{' | '.join(SWEEPS)} |\n|{' --- |' * (7 + len(SWEEPS))}")
+    print(f"means of {settings.seeds} seeds of the noise (95 % over episodes)\n\n"
+          f"| guidance | at levels | gripper error at frame {settings.frames - 1} (pixels) | less "
+          "the first row's | PSNR (dB) | less the first row's | error under shuffled actions | "
+          f"PSNR | correct direction of the sweep (%) | {' | '.join(SWEEPS)} |\n"
+          f"|{' --- |' * (9 + len(SWEEPS))}")
+    first = None
     for low, high in settings.guidance_levels or [world.sampling.guidance_levels]:
         errors = []
         for guidance in settings.guidance or [1.0, 2.0]:
-            world = WorldModel(world.model, guidance, (low, high), settings.steps, settings.eta,
-                               seed=settings.seed)
-            error, own_psnr = follow(world, reader, clips, actions, truth, settings.batch)
-            errors.append((guidance, error))
-            cells = [f"{guidance:g}", f"{low}–{high}", f"{error:.2f}", f"{own_psnr:.2f}"]
+            worlds = [WorldModel(world.model, guidance, (low, high), settings.steps, settings.eta,
+                                 seed=settings.seed + i) for i in range(settings.seeds)]
+            own = follow(worlds, reader, clips, actions, truth, settings.batch)
+            first = first or own
+            errors.append((guidance, own[0].mean()))
+            cells = [f"{guidance:g}", f"{low}–{high}"]
+            for ours, theirs in zip(own, first, strict=True):
+                less = mean_and_interval(ours - theirs, "+") if own is not first else ""
+                cells += [mean_and_interval(ours), less]
             if not settings.own:
-                other, other_psnr = follow(world, reader, clips, np.roll(actions, 1, axis=0), truth,
-                                           settings.batch)
-                swept = sweep(world, starts, settings.batch)
+                others = follow(worlds, reader, clips, np.roll(actions, 1, axis=0), truth,
+                                settings.batch)
+                swept = sweep(worlds[0], starts, settings.batch)
                 right = right_side(swept, reader, axes)
                 save_strip(out / f"sweeps_guidance{guidance:g}.png",
                            {name: video[0] for name, video in swept.items()}, columns=9)
-                cells += [f"{other:.2f}", f"{other_psnr:.2f}",
-                          f"{np.mean(right):.1f}"] + [f"{r:.0f}" for r in right]
+                cells += [f"{figure.mean():.2f}" for figure in others]
+                cells += [f"{np.mean(right):.1f}"] + [f"{r:.0f}" for r in right]
             print(f"| {' | '.join(cells)} |", flush=True)
         save_curves(out / f"guidance_{low}_{high}.png", {"gripper error, pixels": errors},
                     "guidance")

@@ -6,8 +6,9 @@
         --lpips vgg16.pt --i3d i3d_torchscript.pt
 
 Every episode's first frames are given, the rest is imagined from its actions, and what was imagined
-is compared with what happened (evaluation/metrics.py). The baseline beside it is the PSNR of
-repeating the last given frame.
+is compared with what happened (evaluation/metrics.py). Beside it stand the PSNR of repeating the
+last given frame, and of what is imagined under the actions of other episodes: a world that does not
+follow its actions loses nothing by them (the paper's D.9, Table 4).
 
 Nothing grows with the number of episodes: scores are summed up by frame, features into a mean and a
 covariance. The sums are saved after every batch, so that an interrupted run resumes. Batch b is
@@ -72,12 +73,21 @@ class Tally:
     episodes: int = 0
     # metric -> sum over episodes, by frame
     sums: dict[str, np.ndarray] = field(default_factory=dict)
+    # metric -> sum over episodes of the square of an episode's mean
+    squares: dict[str, float] = field(default_factory=dict)
     features: dict[str, Statistics] = field(default_factory=dict)  # "fid, true", … -> features
 
     def add(self, scores: dict[str, np.ndarray]) -> None:
         """Scores of a batch, [B, frames] each."""
         for name, rows in scores.items():
             self.sums[name] = self.sums.get(name, 0) + rows.sum(axis=0)
+            self.squares[name] = self.squares.get(name, 0) + (rows.mean(axis=1)**2).sum()
+
+    def interval(self, name: str) -> float:
+        """Half of the 95 % interval of a metric's mean over episodes; nan for one episode."""
+        mean, n = self.sums[name].mean() / self.episodes, self.episodes
+        variance = max(0, self.squares[name] / n - mean**2) * n / (n - 1) if n > 1 else np.nan
+        return 1.96 * np.sqrt(variance / n)
 
     def add_features(self, name: str, features: torch.Tensor) -> None:
         self.features.setdefault(name, Statistics(features.shape[1])).add(features)
@@ -86,6 +96,7 @@ class Tally:
         self.episodes += other.episodes
         for name, row in other.sums.items():
             self.sums[name] = self.sums.get(name, 0) + row
+            self.squares[name] = self.squares.get(name, 0) + other.squares[name]
         for name, found in other.features.items():
             ours = self.features.setdefault(name, Statistics(len(found.mean)))
             ours.merge(found.count, found.mean, found.scatter)
@@ -93,13 +104,15 @@ class Tally:
     def state(self) -> dict:
         return {"batches": self.batches, "episodes": self.episodes,
                 "sums": {name: torch.from_numpy(row) for name, row in self.sums.items()},
+                "squares": self.squares,
                 "features": {name: (found.count, found.mean, found.scatter) for name,
                            found in self.features.items()}}
 
     @classmethod
     def from_state(cls, state: dict) -> "Tally":
         tally = cls(state["batches"], state["episodes"],
-                    {name: row.numpy() for name, row in state["sums"].items()})
+                    {name: row.numpy() for name, row in state["sums"].items()},
+                    state["squares"])
         for name, found in state["features"].items():
             tally.features[name] = Statistics(len(found[1]))
             tally.features[name].merge(*found)
@@ -176,9 +189,9 @@ def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarr
 def evaluate(world: WorldModel, episodes: Episodes, frames: int, context_frames: int,
              batch: int = 8, nar: bool = False, networks: dict[str, FeatureNetwork] | None = None,
              partial: Path | None = None, settings: dict | None = None, rank: int = 0,
-             processes: int = 1) -> Tally:
+             processes: int = 1, shuffled: bool = False) -> Tally:
     """Roll out this process's share of the batches. With `partial`, resume from that file where its
-    settings are these."""
+    settings are these. shuffled: once more, each under the actions of the next episode."""
     tally = Tally()
     if partial and partial.exists():
         saved = read_checkpoint(partial)
@@ -188,13 +201,20 @@ def evaluate(world: WorldModel, episodes: Episodes, frames: int, context_frames:
             print(f"going on after {tally.batches} batches ({partial})")
     mine = range(rank, -(-len(episodes) // batch), processes)[tally.batches :]
     batches = read_batches(episodes, frames, batch, world.model.config, mine)
-    for truth, actions in tqdm(batches, total=len(mine), unit="batch", disable=None if rank == 0
-                               else True):
+    for b, (truth, actions) in tqdm(zip(mine, batches, strict=True), total=len(mine), unit="batch",
+                                    disable=None if rank == 0 else True):
         imagined = rollout_batch(world, truth, actions[:, :-1], context_frames, nar)
         # without autoregression one frame is given, however many the others get
         first = 1 if nar else context_frames
         score(tally, imagined[:, first:], truth[:, first:], truth[:, first - 1 : first],
               networks or {}, episodes.dataset)
+        if shuffled:
+            following = np.arange(b * batch, b * batch + len(truth)) + 1
+            others = [episodes[i].open(0, frames)[1] for i in following % len(episodes)]
+            misled = rollout_batch(world, truth, np.stack(others)[:, :-1], context_frames, nar)
+            misled, truth = (for_metrics(clips[:, first:], episodes.dataset.aspect,
+                                         episodes.dataset.compare_at) for clips in (misled, truth))
+            tally.add({"psnr under other actions": psnr(misled, truth)})
         tally.batches += 1
         if partial:
             save(partial, {"settings": settings, "tally": tally.state()})
@@ -220,6 +240,8 @@ class Settings(WorldSettings):
     context_frames: int | None = option(None, "frames given; if left out, as the data set has it",
                                  type=int)
     nar: bool = option(False, "sample all frames together (the paper's Vid2World-NAR)")
+    shuffled: bool | None = option(None, "also under the actions of other episodes; if left out, "
+                                         "in small worlds", type=bool)
     inception: str | None = option(None, "network for FID: see evaluation/metrics.py")
     lpips: str | None = option(None, "network for LPIPS")
     i3d: str | None = option(None, "network for FVD")
@@ -255,16 +277,18 @@ def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> No
     together = "all frames together, " if settings.nar else ""
     lines = [f"{tally.episodes} held-out episodes of {settings.data}, {settings.frames} frames, "
              f"{settings.context_frames} given; {together}{world.sampling}", "",
-             "| metric | value | |", "| --- | --- | --- |"]
+             "| metric | value ± 95 % over episodes | |", "| --- | --- | --- |"]
     for name, better in BETTER.items():
         value = f"absent | {reasons.get(name)}"
         if name in result:
-            value = f"{result[name]:.3f} | {better}{caveats.get(name, '')}"
+            spread = f" ± {tally.interval(name):.3f}" if name in by_frame else ""
+            value = f"{result[name]:.3f}{spread} | {better}{caveats.get(name, '')}"
         lines.append(f"| {name.upper()} | {value} |")
-    lines.append(f"| PSNR of repeating the last given frame | {result['psnr of repeating']:.3f} | "
-                 "dB |")
-    if "psnr without bars" in result:
-        lines.append(f"| PSNR without the black bars | {result['psnr without bars']:.3f} | dB |")
+    for name, words in (("of repeating", "of repeating the last given frame"),
+                        ("under other actions", "under the actions of other episodes"),
+                        ("without bars", "without the black bars")):
+        if f"psnr {name}" in result:
+            lines.append(f"| PSNR {words} | {result[f'psnr {name}']:.3f} | dB |")
     first = settings.frames - len(by_frame["psnr"])
     lines += ["", f"| frame | {' | '.join(by_frame)} |", f"|{' --- |' * (1 + len(by_frame))}"]
     for t in range(len(by_frame["psnr"])):
@@ -294,10 +318,12 @@ def run(settings: Settings) -> None:
     levels = settings.guidance_levels and tuple(settings.guidance_levels)
     world = settings.load_world(device, guidance=settings.guidance, guidance_levels=levels)
     episodes = open_held_out(settings, world)
+    shuffled = world.model.config.small if settings.shuffled is None else settings.shuffled
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     partial = out / f"partial_{rank}_of_{processes}.pt"
     tally = evaluate(world, episodes, settings.frames, settings.context_frames, settings.batch,
-                     settings.nar, networks, partial, asdict(settings), rank, processes)
+                     settings.nar, networks, partial, asdict(settings), rank, processes,
+                     shuffled and len(episodes) > 1)
     if processes > 1:
         tallies: list = [None] * processes
         dist.all_gather_object(tallies, tally.state())

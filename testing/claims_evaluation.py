@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -141,6 +142,35 @@ def test_the_evaluation_command_measures_continues_and_shares():
         refused(evaluate.main, *words[:8], "--out", out / "bad", *bad, saying=saying)
 
 
+def test_evaluation_gives_an_interval_and_what_other_actions_cost():
+    class Painter(evaluate.RepeatLastFrame):  # every frame is as bright as its action says
+        model = SimpleNamespace(config=PRESETS["tiny"])
+
+        def step(self, action):
+            return np.broadcast_to(action[:, :1, None, None], self.frame.shape).astype(np.uint8)
+
+    root = folder()
+    for i in range(50):
+        image = np.full((5, 64, 80, 3), 3 * i + 1 + i % 7, np.uint8)
+        np.savez(root / f"{i:02d}.npz", image=image, action=np.full((5, 2), 3 * i, np.float32))
+    episodes = open_episodes("folder", root, "val", fps=5).select(np.arange(3))
+    painted = np.array([float(episodes[i].actions[0, 0]) for i in range(3)])
+    true = painted + 1 + painted // 3 % 7
+    own, other = (20 * np.log10(255 / abs(ours - true)) for ours in (painted, np.roll(painted, -1)))
+    tally = evaluate.evaluate(Painter(), episodes, 5, 1, batch=2, shuffled=True)
+    assert np.allclose(tally.sums["psnr"], own.sum()), (tally.sums, own)
+    assert np.allclose(tally.sums["psnr under other actions"], other.sum()) and len(set(own)) > 1
+    assert abs(tally.interval("psnr") - 1.96 * own.std(ddof=1) / 3**0.5) < 1e-6
+
+
+def test_a_mean_stands_with_its_bootstrap_interval():
+    values = np.random.default_rng(0).normal(3, 2, size=400)
+    low, high = controllability.bootstrap(values)
+    half = 1.96 * values.std() / 20
+    assert abs(low - values.mean() + half) < 0.02 and abs(high - values.mean() - half) < 0.02
+    assert controllability.mean_and_interval(np.full(3, 0.5), "+") == "+0.50 (+0.50 to +0.50)"
+
+
 # --------------------------------------------------------------------------------------------------
 # The bundled world
 
@@ -243,8 +273,8 @@ def test_transfers_and_ablations_are_compared():
             if re.match(r"\| (mixed|shift|masked|extrapolative), (past|frame) ", row)]
     assert code == 0 and len(rows) == 4 and all(0 < float(row[2].strip(" *")) < 10 for row in rows)
     out = folder()
-    words = ["--variants", "baseline", "from scratch", "--seeds", 1, "--steps", 1, "--cooldown", 1,
-             "--batch", 1, "--frames", 4, "--workers", 0,
+    words = ["--variants", "baseline", "lr=1e-4 batch=1", "from scratch", "--seeds", 1,
+             "--steps", 1, "--cooldown", 1, "--batch", 1, "--frames", 4, "--workers", 0,
              "--val-clips", 1, "--episodes", 1, "--denoising-steps", 1, "--out", out]
     code, printed = run_command(ablations.main, *words)
     assert code == 0 and "| baseline |" in printed and "| from scratch |" in printed, printed
@@ -252,7 +282,10 @@ def test_transfers_and_ablations_are_compared():
     assert "at step" not in again and again.strip() == printed[
         printed.index("| variant |") :].strip()
     # and never taken for what other settings would have given
-    alone = words[:2] + words[3:]  # the baseline
+    assert re.search(r"\| lr=1e-4 batch=1 \|.*\|.*[1-9]", printed)  # and so not the baseline
+    alone = words[:2] + words[4:]  # the baseline
+    for unknown in ("lr", "lr=", "rate=1"):
+        refused(ablations.main, "--variants", unknown, saying=f"there is no variant '{unknown}'")
     other = run_command(ablations.main, *alone, "--denoising-steps", 2)[1]
     (psnr,), (other_psnr,) = (re.findall(r"\| baseline \|.*\| (\S+) ±", table)
                               for table in (printed, other))

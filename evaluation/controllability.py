@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Episodes, open_episodes
 from evaluation.evaluate import WorldSettings, rollout_batch, open_held_out, read_batches
-from model.vid2world import to_pixels
+from evaluation.readers import Reader, fit
 from sample import WorldModel
 from support.errors import DataError
 from support.options import option, program
@@ -35,7 +34,7 @@ SWEEPS = {f"{sign}{axis}": (i, 1 if sign == "+" else -1) for i, axis in enumerat
 SWEEP_FRAMES = 8
 
 
-class GripperReader(nn.Module):
+class GripperReader(Reader):
     """Frames -> the gripper's pixel: convolutions make a map of where it might be, whose centre of
     mass is the answer."""
 
@@ -56,45 +55,19 @@ class GripperReader(nn.Module):
         y = 4 * torch.arange(h, device=where.device) + 2
         return torch.stack([(where.sum(1) * x).sum(1), (where.sum(2) * y).sum(1)], dim=1)
 
-    @torch.no_grad()
-    def read(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [..., H, W, 3] -> [..., 2]."""
-        pixels = to_pixels(torch.tensor(frames.reshape(1, -1, *frames.shape[-3:])))[0]
-        return self(pixels).numpy().reshape(*frames.shape[:-3], 2)
 
-
-def recorded(episodes: Episodes) -> tuple[Tensor, Tensor]:
-    """All frames [N, 3, H, W] in [-1, 1], and the gripper's true pixel in each."""
+def recorded(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
+    """All frames uint8 [N, H, W, 3], and the gripper's true pixel in each [N, 2]."""
     chosen = [episodes[i] for i in range(len(episodes))]
-    frames = np.concatenate([episode.frames for episode in chosen])
-    return to_pixels(torch.from_numpy(frames)[None])[0], torch.from_numpy(
-        np.concatenate([episode.feature(PIXEL) for episode in chosen])).float()
+    return tuple(np.concatenate(arrays) for arrays in zip(
+        *((episode.frames, episode.feature(PIXEL)) for episode in chosen), strict=True))
 
 
 def train_reader(episodes: Episodes, steps: int = 800, size: int = 32) -> GripperReader:
-    """On frames that are shifted, blurred and noisy, since imagined ones are no better."""
-    generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     reader = GripperReader()
-    frames, places = recorded(episodes)
-    height, width = frames.shape[2:]
-    optimizer = torch.optim.Adam(reader.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        chosen = torch.randint(len(frames), (size,), generator=generator)
-        x, y = torch.randint(-8, 9, (2,), generator=generator).tolist()
-        padded = F.pad(frames[chosen], (8, 8, 8, 8), mode="replicate")
-        batch = padded[:, :, 8 - y : 8 - y + height, 8 - x : 8 - x + width]  # moved by x, y
-        blurred = F.avg_pool2d(batch, 3, stride=1, padding=1, count_include_pad=False)
-        batch = batch.lerp(blurred, torch.rand(size, 1, 1, 1, generator=generator))
-        strength = torch.rand(size, 1, 1, 1, generator=generator)
-        noise = torch.randn(batch.shape, generator=generator)
-        batch = batch + 0.1 * strength * noise
-        loss = F.smooth_l1_loss(reader(batch), places[chosen] + torch.tensor([x, y]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    for _ in fit(reader, *recorded(episodes), steps, size):
+        pass
     return reader.eval()
 
 
@@ -192,11 +165,10 @@ def run(settings: Settings) -> None:
                         "does not say where the gripper is")
     reader = train_reader(training)
     frames, places = recorded(episodes)
-    with torch.no_grad():
-        errors = (reader(frames) - places).norm(dim=1)
+    errors = np.linalg.norm(reader.read(frames) - places, axis=1)
     print(f"gripper reader: trained on {len(training)} recorded episodes, off by "
-          f"{errors.mean():.2f} pixels (median {errors.median():.2f}) on {len(episodes)} held-out "
-          f"ones; {world.sampling.steps} steps, η {world.sampling.eta:g}")
+          f"{errors.mean():.2f} pixels (median {np.median(errors):.2f}) on {len(episodes)} "
+          f"held-out ones; {world.sampling.steps} steps, η {world.sampling.eta:g}")
     starts, axes = central_frames(episodes), directions(training)
     truth = np.stack([episodes[i].feature(PIXEL)[: settings.frames] for i in range(len(episodes))])
     batches = read_batches(episodes, settings.frames, settings.batch, world.model.config)

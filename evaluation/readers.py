@@ -11,7 +11,18 @@ from model.vid2world import to_pixels
 from support.errors import require_finite
 
 
-class FrameReader(nn.Module):
+class Reader(nn.Module):
+    """Pixels [N, 3, H, W] in [-1, 1] -> [N, numbers]."""
+
+    @torch.no_grad()
+    def read(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 [..., H, W, 3] -> [..., numbers]."""
+        flat = torch.from_numpy(frames.reshape(-1, *frames.shape[-3:]))
+        found = torch.cat([self(to_pixels(some[None])[0]) for some in flat.split(256)])
+        return found.numpy().reshape(*frames.shape[:-3], -1)
+
+
+class FrameReader(Reader):
     """Frames of 64×80 pixels -> numbers of about unit size."""
 
     def __init__(self, numbers: int, widths: tuple[int, ...] = (32, 64, 64, 64), hidden: int = 128):
@@ -24,17 +35,10 @@ class FrameReader(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:  # [N, 3, 64, 80] -> [N, numbers]
         return self.layers(pixels)
 
-    @torch.no_grad()
-    def read(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [..., 64, 80, 3] -> [..., numbers]."""
-        flat = torch.from_numpy(frames.reshape(-1, *frames.shape[-3:]))
-        found = torch.cat([self(to_pixels(some[None])[0]) for some in flat.split(256)])
-        return found.numpy().reshape(*frames.shape[:-3], -1)
 
-
-def fit(reader: FrameReader, frames: np.ndarray, targets: np.ndarray, steps: int, size: int = 64,
+def fit(reader: Reader, frames: np.ndarray, targets: np.ndarray, steps: int, size: int = 64,
         cooldown: bool = True) -> Iterator[int]:
-    """Train a reader on frames uint8 [N, 64, 80, 3] and numbers [N, n]; gives the number of every
+    """Train a reader on frames uint8 [N, H, W, 3] and numbers [N, n]; gives the number of every
     step that is done.
 
     The frames are blurred and noisy, since imagined ones are no better.

@@ -1,5 +1,6 @@
 """Claims about data sets, file formats and converters."""
 import ast
+import colorsys
 import contextlib
 import io
 import os
@@ -294,6 +295,18 @@ def test_training_clips_vary_in_light_and_place_alike_in_all_frames():
         moved = data.augment(dot, np.random.default_rng(seed))[0].sum(-1)
         moves.add(tuple(np.abs(np.subtract(np.unravel_index(moved.argmax(), (16, 16)), 8))))
     assert moves == {(y, x) for y in range(3) for x in range(3)}
+    # each of the four in its range: of one colour hue and saturation, of two greys the contrast
+    plain, greys = np.full((2, 1, 8, 8, 3), (40, 80, 160), np.uint8)
+    greys[:, :4], greys[:, 4:] = 80, 120
+    hues, ratios, contrasts = [], [], []
+    for seed in range(200):
+        one, two = (data.augment(clip, np.random.default_rng(seed))[0] for clip in (plain, greys))
+        hue, saturation, _ = colorsys.rgb_to_hsv(*(one[4, 4] / 255))
+        hues.append(hue - 11 / 18), ratios.append(saturation / 0.75)
+        contrasts.append((two[7, 4, 0] - float(two[0, 4, 0])) / two.mean() / (40 / 100))
+    assert 0.04 < max(hues) < 0.056 and -0.056 < min(hues) < -0.04 and abs(np.mean(hues)) < 0.01
+    for values in (ratios, contrasts):
+        assert 0.85 < min(values) < 0.94 and 1.06 < max(values) < 1.15, (min(values), max(values))
     episodes = open_episodes("rt1", make_rt1([6] * 4), min_length=5)
     plain, augmented = (Clips(episodes, 5, (32, 40), seed=0, augment=a)[0] for a in (False, True))
     assert np.array_equal(plain["actions"], augmented["actions"])
@@ -588,6 +601,13 @@ def test_the_held_out_clips_of_csgo_are_the_published_ones():
         return f"{first}-{first + 199}/{name}"
     drawn = np.random.RandomState(42).randint(0, 984, 500)
     assert [begins[name] for name in sorted(begins, key=path)] == drawn.tolist()
+
+
+def test_networks_are_told_the_frame_rate_that_the_published_ones_were():
+    told = {name: DATA_SETS[name].network_fps for name in ("rt1", "bridge", "csgo")}
+    assert told == {"rt1": 3, "bridge": 5, "csgo": 3} and DATA_SETS["csgo"].fps == 16
+    arena = open_episodes("csgo", SAMPLES).dataset
+    assert arena.network_fps == arena.fps == 9
 
 
 def test_csgo_is_read_as_h5py_reads_it():

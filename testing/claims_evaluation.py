@@ -99,8 +99,8 @@ def test_the_evaluation_command_measures_continues_and_shares():
     code, printed = run_command(evaluate.main, *words, "--out", out / "whole")
     assert code == 0, printed
     whole = json.loads((out / "whole" / "result.json").read_text(encoding="utf-8"))
-    assert set(whole["result"]) == {"psnr", "ssim", "lpips", "fid", "fvd",
-                                    "psnr of repeating"} and not whole["absent"]
+    assert set(whole["result"]) == {"psnr", "ssim", "lpips", "fid", "fvd", "psnr of repeating",
+                                    "psnr under other actions"} and not whole["absent"]
     assert whole["episodes"] == 3 and len(whole["by_frame"]["psnr"]) == 2
     assert (out / "whole" / "lpips.png").exists()
 

@@ -1,0 +1,428 @@
+"""How do you know? Plant a fault, and see whether a test notices: python -m testing.mutants
+
+Each fault below changes one line that decides what the method is, what a measurement says, or what
+a baseline learns. They are planted one by one in a copy of the project; then the tests whose names
+contain one of the words beside the file are run. A fault that no test notices survives, and then a
+claim of this project is one that nothing could refute.
+
+    python -m testing.mutants                       all of them, about an hour on one core
+    python -m testing.mutants train.py "guid"       those of files, or with effects, of such names
+"""
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.options import argument, option, program
+
+HERE = Path(__file__).parent.parent
+FILES_ONLY = ("checkpoints", "figures", "golden", "samples")  # linked, and not copied
+
+# file, words of tests: what stands there, what is put in its place, what that does
+FAULTS = {
+    # ---------------------------------------------------------------------------------- the method
+    ("causal_conv.py", "transfer kernel extrapolative masked_and future_frames half_precision"): [
+        ("kernel.mean(dim=2, keepdim=True)", "kernel.mean(dim=2, keepdim=True) / 2",
+         "`mixed` gives the frame at t-2 half of the mean"),
+        ("(1 + j) * future", "j * future", "the line through two frames misses the last one"),
+        ("causal[:, :, -2] -= j", "causal[:, :, -2] += j", "the line runs backwards"),
+        ("causal[:, :, m:] = past_and_present", "causal[:, :, : m + 1] = past_and_present",
+         "weights in place lie on frames that are too early"),
+        ("(kernel_size - 1, 0) if causal", "(side, side) if causal",
+         "a causal convolution looks ahead"),
+        ("kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))", "pass",
+         "the sums of a kernel in half precision are rounded"),
+    ],
+    ("causal_attention.py", "future_frames unet_agrees authors new_network streaming_imagines"): [
+        ("is_causal=self.causal", "is_causal=False", "attention sees the future"),
+        ("x = x + self.attn2(self.norm2(x), cache)", "x = x + self.attn2(self.norm1(x), cache)",
+         "the second attention takes the first one's norm"),
+        ("eps=1e-6, scope=norm_scope", "eps=1e-5, scope=norm_scope",
+         "the norm of a transformer has the epsilon of the others"),
+        ("self.proj_out = zero_init(projection(inner, channels))",
+         "self.proj_out = projection(inner, channels)",
+         "a new transformer changes what was pretrained"),
+    ],
+    ("temporal/norm.py", "norm"): [
+        ("correction=0", "correction=1", "variances are those of samples"),
+        ("device=x.device).tril()", "device=x.device)", "norms over the past see the future"),
+        ("((var[..., None, :] + spread) * share)", "(var[..., None, :] * share)",
+         "the spread of the frames' means is left out"),
+        ("eps: float = 1e-5, scope", "eps: float = 1e-6, scope", "the epsilon of temporal norms"),
+        ("with torch.autocast(x.device.type, enabled=False):", "if True:",
+         "norms over the past compute in half precision"),
+    ],
+    ("temporal/streaming.py", "streaming_imagines memory_matters a_cache cache_of every_idea"): [
+        ("mask.tril(self.frames)", "mask.tril(self.frames + 1)",
+         "an appended frame sees the next one"),
+        ("= itself", "= True", "the two branches see each other"),
+        ("self.frames += self.appended", "self.frames += self.appended + self.branches",
+         "branches stay in the cache"),
+        ("frames[:, :, cache.appended : -1].clone()", "past",
+         "a convolution remembers the frames before those of the last pass"),
+        ("* q.shape[-1] ** -0.5", "* 1.0", "written-out attention forgets √d"),
+        ("mean = torch.cat([past[0], mean], dim=-1)", "mean = torch.cat([mean, past[0]], dim=-1)",
+         "means and variances are of different frames"),
+    ],
+    ("unet.py", "unet_agrees authors dropped_action loads_with guidance_exaggerates masks"): [
+        ("(action if action_mask is None else action * action_mask[..., None])", "action",
+         "no action is ever hidden"),
+        ("+ self.fps_embedding(sinusoidal_embedding(fps, width))[:, None]", "",
+         "the frame rate is not told"),
+        ("return x + self.ff(self.norm3(x))", "return x + self.ff(x)",
+         "a feed-forward without its norm"),
+        ("transfer_weights(weights[name], transfer)", 'transfer_weights(weights[name], "shift")',
+         "every transfer is `shift`"),
+        ("emb_layers(conditions.emb).flatten(0, 1)", "emb_layers(conditions.emb[:, :1].expand_as("
+         "conditions.emb)).flatten(0, 1)", "every frame is told the level of the first"),
+    ],
+    ("diffusion_forcing.py", "levels schedule velocity noise loss samplers ddim sampling_with"): [
+        ("k = torch.randint(LEVELS, shape, generator=generator)",
+         "k = torch.randint(LEVELS, shape, generator=generator)[..., :1].expand(shape)",
+         "all frames of a clip have one level: no diffusion forcing"),
+        ("return k[..., :1].expand(shape)", "return k", "a shared level is not shared"),
+        ("low_noise, k // 10, k", "low_noise, k // 2, k",
+         "low-noise frames have half of the noise"),
+        ("(1 - alpha).sqrt() * error", "alpha.sqrt() * error",
+         "the loss on clean latents weighs the wrong end"),
+        ("- schedule.velocity(latents, k, noise)", "- noise", "the network learns the noise"),
+        ("torch.linspace(1, base_scale, 400", "torch.linspace(1, 1, 400",
+         "the signal keeps its scale over the first levels"),
+        ("[history_level] * history", "[0] * history", "the history is told to be clean"),
+        ("return eta * (", "return eta**2 * (", "η is squared"),
+        ("(1 - alpha_next - sigma**2)", "(1 - alpha_next)", "fresh noise adds to the old"),
+        ("* (scale_next / scale)", "", "a step leaves the signal's scale as it was"),
+    ],
+    ("action_guidance.py", "action guidance he_init samplers every_idea"): [
+        ("torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], dim=1)", "actions",
+         "an action stands beside the frame it was taken at"),
+        ("(u >= probability)", "(u[:, :1].expand_as(u) >= probability)",
+         "a clip's actions are hidden together"),
+        ("v_uncond + guidance * (", "v_cond + guidance * (", "λ counts from the wrong end"),
+        ("rescale * rescaled + (1 - rescale) * v", "(1 - rescale) * rescaled + rescale * v",
+         "rescaling is turned around"),
+        ("v.std(frame, keepdim=True)", "v.std()", "all worlds of a batch share one contrast"),
+        ('nonlinearity="relu"', 'nonlinearity="linear"', "He's factor is missing"),
+    ],
+    ("sample.py", "window history samplers unknown_past guidance same_seed streaming_imag strip "
+                  "earlier checkpoint_else without_data given_frames of_their_deviation tokens"): [
+        ("tokens=self.model.image_tokens(pixels[:, 0])",
+         "tokens=self.model.image_tokens(pixels[:, -1])",
+         "after the window slid, image tokens are those of the last frame"),
+        ("anchor=window.latents[:, -length, None]", "anchor=window.latents[:, -1, None]",
+         "after the window slid, the anchor is the last frame"),
+        ("        actions[:, 0] = 0\n", "", "an action leads to the anchor"),
+        ("window = self.slide(window, self.overlap)",
+         "window = self.slide(window, self.overlap - 1)",
+         "one frame too few stays"),
+        ("action_mask[:, 1:] = 0", "action_mask[:, 1:] = 1",
+         "unknown actions are actions of zeros"),
+        ("history = self.to_history(latents)", "history = latents",
+         "new frames join without noise"),
+        ("and low <= k < high", "and low <= k <= high", "guidance applies at one level too many"),
+        ("self.generator.set_state(window.random_state)", "pass",
+         "a step that is taken again gives another frame"),
+        ("model.sampling | named", "named | model.sampling", "the checkpoint overrules the user"),
+        ("torch.cat([past, newest * keep], dim=1)", "torch.cat([past, newest], dim=1)",
+         "without the cache, both branches know the action"),
+        ("[newest * keep for keep in keep_action]", "[newest for keep in keep_action]",
+         "with the cache, both branches know the action"),
+        ("recorded[context_frames - 1 : -1]", "recorded[context_frames:]",
+         "actions come a frame too early"),
+        ("theirs[context_frames - 1 : context_frames]", "theirs[:1]",
+         "the command's baseline repeats the first frame"),
+        ("return self.model.standardise(actions)", "return actions",
+         "a world takes actions in other units than training"),
+    ],
+    ("model/vid2world.py", "whole_models all_tokens samplers deviation frames_of_any authors "
+                           "standardise pictures_come mac_lacks"): [
+        ("[:, :frames]", "[:, -frames:]", "short clips read the image tokens of the last slots"),
+        ("and frames != slots", "and frames == slots", "released checkpoints get the wrong tokens"),
+        (".clamp(-most, most)", "", "actions are not clipped"),
+        ("* 127.5).round()", "* 127.5)", "pixels are rounded down"),
+        ("torch.cat([x, anchor.expand_as(x)], dim=2)", "torch.cat([anchor.expand_as(x), x], dim=2)",
+         "anchor and noisy latents change places"),
+    ],
+    ("dynamicrafter/autoencoder.py", "autoencoder posterior"): [
+        ("(0.5 * log_variance.clamp(-30, 20)).exp()", "log_variance.clamp(-30, 20).exp()",
+         "the posterior's deviation is its variance"),
+        ("return mean * self.config.latent_scale", "return mean", "latents keep their own size"),
+    ],
+    # ----------------------------------------------------------------------------------- training
+    ("train.py", "step_of_training learning_rate accumul optimizer belong_to_the_clip validation "
+                 "whole_path two_processes passive_model"): [
+        ('noise=random["posterior"]', "noise=None", "the posterior's mean in place of a sample"),
+        ("anchor_image = pixels[:, 0]", "anchor_image = pixels[:, -1]",
+         "image tokens are those of the last frame"),
+        ("latents[:, :1], context", "latents[:, -1:], context", "the anchor is the last frame"),
+        ('led_to, random["action_mask"])', "led_to, None)", "no action is hidden in training"),
+        ("align_actions(model.standardise(actions))", "align_actions(actions)",
+         "actions are learned in the data's own units"),
+        ('* random["keep_image"].view(-1, 1, 1, 1)', "", "the anchor image is never blank"),
+        ('random["noise"], self.weighting)', 'random["noise"])', "the weighting is ignored"),
+        ("settings.shared_level, settings.low_noise_prob)", "settings.shared_level)",
+         "no frame has little noise by design"),
+        (">= settings.image_dropout", "< settings.image_dropout", "anchor images are mostly blank"),
+        ("batch_loss(loss_module, model, batch, settings) / settings.accumulate",
+         "batch_loss(loss_module, model, batch, settings)", "accumulated gradients are a sum"),
+        ("(number * processes + rank) * settings.batch", "rank * settings.batch",
+         "the same batch again and again"),
+        ("rise = (step + 1) / max(settings.warmup, 1)", "rise = 1", "no warmup"),
+        ("fall = (settings.steps - step) / max(settings.cooldown, 1)", "fall = 1", "no cooldown"),
+        ("lr=settings.lr, fused", "lr=settings.lr, betas=(0.5, 0.9), fused", "Adam's betas"),
+        ("clip_gradients(parameters, settings.clip_grad)", "clip_gradients(parameters, 1e9)",
+         "gradients are not clipped"),
+        ("            optimizer.zero_grad()", "            pass", "gradients of all steps add up"),
+        ("manual_seed(mix_seeds(settings.seed, clip))", "manual_seed(torch.seed())",
+         "noise is new every time, in validation too"),
+        ("action_dropout=0, image_dropout=0, low_noise_prob=0,", "low_noise_prob=0,",
+         "validation hides actions and images"),
+        ("shared_level=not model.config.unet.causal)", "shared_level=settings.shared_level)",
+         "held-out losses of two kinds of training cannot be compared"),
+        ("shuffled.item() - losses[-1]", "losses[-1] - shuffled.item()",
+         "a world that follows its actions is said not to"),
+    ],
+    ("training/start.py", "passive_model temporal_layers_can deviation starts_from kind_of_model "
+                          "trains_resumes"): [
+        ("        part.requires_grad_(False)\n    if settings.trainable", "        pass\n    if "
+         "settings.trainable", "nothing stays frozen"),
+        ("UNet(config.unet), Resampler(config.resampler)",
+         "model.unet, Resampler(config.resampler)",
+         "from scratch is not from scratch"),
+        ("layer.p = settings.dropout", "layer.p = 0.5", "dropout is not what was asked for"),
+        ("if not saved and episodes.dataset.standardise",
+         "if episodes.dataset.standardise and False",
+         "actions of one's own are not standardised"),
+    ],
+    ("training/tiny_autoencoder.py", "autoencoder"): [
+        ("scale = 1 / mean.std()", "scale = 1", "latents have no unit deviation"),
+        ("autoencoder.post_quant_conv.weight /= scale", "pass",
+         "the decoder reads latents of another size"),
+        ("set_grad_enabled(not decoder_only)", "set_grad_enabled(True)",
+         "tuning a decoder moves the latents"),
+    ],
+    # --------------------------------------------------------------------------------------- data
+    ("data.py", "csgo every_place deviation clips_are"): [
+        ("fps=16, conditioning_fps=3", "fps=16, conditioning_fps=None",
+         "CS:GO's network is told 16 frames a second"),
+        ("np.cumsum(episodes.lengths - frames + 1)", "np.cumsum(np.ones_like(episodes.lengths))",
+         "a clip always begins with its episode"),
+        ("np.sqrt(scatter / count)", "scatter / count", "variances are taken for deviations"),
+        ("default_rng([self.seed, i, attempt])", "default_rng([self.seed, i // 2, attempt])",
+         "every clip is drawn twice"),
+    ],
+    ("episodes/frames.py", "light_and_place fitted compared_as figures"): [
+        ("hsv[..., 0] += np.uint8(hue % 256)", "pass", "hue never varies"),
+        ("brightness, contrast, saturation = rng.uniform(0.9, 1.1, 3)",
+         "brightness, contrast, saturation = rng.uniform(0.9, 1.1), 1, 1",
+         "contrast and saturation never vary"),
+        ("down, right = rng.integers(-2, 3, 2)", "down, right = 0, 0", "the picture never moves"),
+        ("Image.Resampling.BILINEAR", "Image.Resampling.BICUBIC", "frames are resized otherwise"),
+        ("    frames = cut_bars(frames, aspect)\n", "", "black bars are compared"),
+    ],
+    ("episodes/hdf5.py", "csgo h5py"): [
+        ("frame[..., ::-1]", "frame", "blue is taken for red"),
+    ],
+    ("episodes/index.py", "disjoint"): [
+        ("records[validation if split == \"val\" else ~validation]",
+         "records[validation] if split == \"val\" else records", "training sees what is held out"),
+        ("sorted(np.flatnonzero(usable).tolist(), key=keys.__getitem__)",
+         "np.flatnonzero(usable).tolist()", "what is held out are the first episodes"),
+    ],
+    ("episodes/tfrecord.py", "written crc damage damaged"): [
+        ("or masked_crc32c(payload) != int.from_bytes(crc, \"little\")", "",
+         "a damaged episode is read"),
+    ],
+    # ------------------------------------------------------------------------------- measurements
+    ("evaluation/metrics.py", "psnr_and_ssim frechet statistics lpips"): [
+        ("c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2", "c1, c2 = 0.01 * 255, 0.03 * 255",
+         "SSIM's constants"),
+        ("ours.covariance.trace() + theirs.covariance.trace() - 2 * cross",
+         "ours.covariance.trace() + theirs.covariance.trace() - cross", "the Fréchet distance"),
+        ("* (self.count * count / total)", "* (self.count / total)",
+         "the scatter between two batches"),
+    ],
+    ("evaluation/evaluate.py", "evaluation lpips"): [
+        ("truth[:, first - 1 : first]", "truth[:, :1]",
+         "the baseline repeats the first frame and not the last given"),
+        ("(ours - theirs).square().sum(dim=1)", "(ours - theirs).abs().sum(dim=1)",
+         "LPIPS without the square"),
+        ("np.arange(b * batch, b * batch + len(truth)) + 1",
+         "np.arange(b * batch, b * batch + len(truth))", "the other actions are an episode's own"),
+        ("max(0, self.squares[name] / n - mean**2) * n / (n - 1)",
+         "max(0, self.squares[name] / n - mean**2)", "the interval is one of a whole population"),
+    ],
+    ("evaluation/controllability.py", "bootstrap controllability gripper sweep"): [
+        ("reader.read(imagined[:, -1]) - truth[:, -1]", "reader.read(imagined[:, 0]) - truth[:, 0]",
+         "the gripper's error is that of the given frame"),
+        ("sign * moved @ axes[:, axis]", "moved @ axes[:, axis]", "the sign of a sweep is ignored"),
+        ("psnr(imagined, clips)[:, 1:]", "psnr(imagined, clips)", "the given frame counts as well"),
+        ("(2.5, 97.5)", "(25, 75)", "the interval is one of 50 %"),
+    ],
+    ("evaluation/ablations.py", "ablation"): [
+        ('np.subtract(values[variant], values["baseline"])',
+         'np.subtract(values["baseline"], values[variant])', "the sign of a difference"),
+        ('1.0 if variant == "no action dropout" else settings.guidance', "settings.guidance",
+         "guidance without a network that knows hidden actions"),
+    ],
+    ("evaluation/policies.py", "polic verdict rank"): [
+        ("actions = policy(frames[-1])", "actions = policy(frames[0])",
+         "the policy acts on the first frame for ever"),
+        ("self.verifier.opening(videos[:, -1])", "self.verifier.opening(videos[:, 0])",
+         "the verdict is read off the first frame"),
+        ("np.roll(actions, 1, axis=0) if shuffled", "actions if shuffled",
+         "shuffled actions are not shuffled"),
+        ("(true[:, None] < true) != (imagined[:, None] < imagined)",
+         "(true[:, None] < true) == (imagined[:, None] < imagined)",
+         "ranks that agree are violated"),
+        (".max(axis=1).mean())", ".mean(axis=1).mean())", "MMRV without its maximum"),
+        ("true = {name: content[name][: settings.starts, -1] < CLOSED",
+         "true = {name: content[name][: settings.starts, 0] < CLOSED",
+         "true success is that of the first frame"),
+    ],
+    ("evaluation/contact.py", "contact"): [
+        ("(imagined - true)[:, -1].mean()", "(true - imagined)[:, -1].mean()",
+         "the sign of the drawer's error"),
+        ("np.abs(openings[:, -1] - openings[:, 0]) > MOVED",
+         "openings[:, -1] - openings[:, 0] > MOVED",
+         "only drawers that open move"),
+    ],
+    ("evaluation/drift.py", "drift"): [
+        ("mean[..., :1, :]", "mean[..., -1:, :]", "colours are compared with the last frame's"),
+        ("truth[:, given_frames - 1, None]", "truth[:, 0, None]",
+         "the baseline repeats the first frame"),
+    ],
+    ("evaluation/game.py", "game hall pose"): [
+        ("(turned_right < 0)", "(turned_right > 0)", "right is left"),
+        ("+ 180) % 360 - 180", "+ 0) % 360",
+         "a turn across the circle's end is nearly a whole one"),
+        ("starts.frames[:, GIVEN - 1, None]", "starts.frames[:, 0, None]",
+         "the baseline repeats the first frame"),
+        ("starts.poses[:, last]", "starts.poses[:, GIVEN - 1]",
+         "where the player is is compared with where they were"),
+    ],
+    ("evaluation/nar.py", "together"): [
+        ("predict(x, k, 0.0)", "predict(x, k, 1.0)", "both passes know the actions"),
+        ("torch.cat([torch.zeros_like(actions[:, :1]), actions], dim=1)",
+         "torch.cat([actions, torch.zeros_like(actions[:, :1])], dim=1)",
+         "actions are not aligned"),
+    ],
+    ("evaluation/baselines.py", "ways_to_steer accuracy"): [
+        ("np.repeat(frames[:, :1], settings.frames, axis=1)",
+         "np.repeat(frames[:, -1:], settings.frames, axis=1)", "repeating knows the last frame"),
+        ("feature(PIXEL)[settings.frames - 1]", "feature(PIXEL)[0]",
+         "the gripper is compared with where it was"),
+    ],
+    ("evaluation/transfers.py", "transfers"): [
+        ("(off / size).sqrt()", "off.sqrt()", "the distance is not relative"),
+    ],
+    # ---------------------------------------------------------------------------------- baselines
+    ("baselines/clips.py", "baseline steer"): [
+        ("shared_level=True, action_dropout=0.0", "shared_level=False, action_dropout=0.0",
+         "a baseline trains with a level per frame"),
+        ("led_to = align_actions(taken)", "led_to = taken",
+         "a baseline samples with actions beside the wrong frames"),
+        ("imagined[:, 0] = given[:, 0]", "pass", "the given frame is imagined as well"),
+    ],
+    ("baselines/classifier_guidance.py", "classif"): [
+        ("return v - weight * ratio", "return v + weight * ratio",
+         "the classifier pushes away from the action"),
+        ("((1 - alpha) / alpha.clamp(min=1e-2)).sqrt()", "(1 - alpha).sqrt()",
+         "the gradient corrects the noise and not the velocity"),
+        ("bucketize(actions[:, :-1]", "bucketize(actions[:, 1:]",
+         "the classifier learns the action after the one that led to a frame"),
+    ],
+    ("baselines/controlnet.py", "baselines_start gradients"): [
+        ("zero_init(nn.Conv2d(width, width, 1))", "nn.Conv2d(width, width, 1)",
+         "the copy does not start in silence"),
+        ("plain.emb + self.copy.action_emb(actions)", "plain.emb", "the copy knows no action"),
+        ("        self.requires_grad_(False)\n", "", "the base learns as well"),
+    ],
+    ("baselines/language_finetuning.py", "captions"): [
+        ("numbers = actions[:, -1]", "numbers = actions.roll(1, 0)[:, -1]",
+         "captions are mixed up between clips"),
+        ("above if means[i] > 0 else below", "below if means[i] > 0 else above", "right is left"),
+    ],
+    ("baselines/diamond.py", "diamond"): [
+        ("total * SIGMA_DATA / root", "total / root", "EDM's c_out"),
+        ("self.noise(total.log() / 4)", "self.noise(total.log())", "EDM's c_noise"),
+        ("        pixels[t] = rounded(clean.detach())\n", "",
+         "predictions are not fed back in training"),
+        ("(total + SIGMA_DATA**2) / (total * SIGMA_DATA**2)", "1 / total",
+         "the loss weighs the levels otherwise"),
+        ("/ sigma * (smaller - sigma)", "/ sigma * (sigma - smaller)", "Euler walks back"),
+        ("actions[:, t - PAST : t]", "actions[:, t - PAST + 1 : t + 1]",
+         "the action after the frame is learned"),
+    ],
+    # --------------------------------------------------------------------------------------- play
+    ("play/session.py", "player goes_back"): [
+        ("self.world.restore(self.moments[number].window)", "pass",
+         "going back shows a frame and stays in the later world"),
+    ],
+}
+
+
+@dataclass
+class Settings:
+    words: list[str] = argument("of files or effects; if left out, all", nargs="*")
+    keep_going: bool = option(False, "also where the tests fail before anything is planted")
+
+
+def chosen(words: list[str]) -> Iterator[tuple[str, str, str, str, str]]:
+    """File, tests, what stands there, what is put in its place, the effect."""
+    for (file, tests), faults in FAULTS.items():
+        for before, after, effect in faults:
+            if not words or any(word in f"{file}: {effect}" for word in words):
+                yield file, tests, before, after, effect
+
+
+def copy_project(to: Path) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True,
+                            check=True).stdout.split("\n")[:-1]
+    for name in listed:
+        if not name.startswith(FILES_ONLY):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(HERE / name, to / name)
+    for name in FILES_ONLY:
+        (to / name).symlink_to(HERE / name)
+
+
+def failing(project: Path, tests: str) -> list[str]:
+    """The tests, of those whose names contain one of the words, that fail there."""
+    ran = subprocess.run([sys.executable, "test_all.py", *tests.split()], cwd=project,
+                         capture_output=True, text=True)
+    failed = re.findall(r"^(.+) \.\.\. FAILED", ran.stdout, re.MULTILINE)
+    return failed or ["the tests do not start"] * (ran.returncode != 0)
+
+
+def run(settings: Settings) -> int:
+    planted, survived = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        copy_project(project := Path(folder))
+        sound = {tests: failing(project, tests)
+                 for tests in sorted({tests for _, tests, *_ in chosen(settings.words)})}
+        already = sorted({test for failed in sound.values() for test in failed})
+        if already and not settings.keep_going:
+            print(f"nothing is planted yet, and these fail: {', '.join(already)}")
+            return 1
+        print("| file | fault | noticed by |\n| --- | --- | --- |")
+        for file, tests, before, after, effect in chosen(settings.words):
+            text = (project / file).read_text(encoding="utf-8")
+            assert text.count(before) == 1, f"{file} has {text.count(before)} times: {before}"
+            (project / file).write_text(text.replace(before, after), encoding="utf-8")
+            failed = [test for test in failing(project, tests) if test not in sound[tests]]
+            (project / file).write_text(text, encoding="utf-8")
+            planted += 1
+            survived += [effect] * (not failed)
+            more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+            print(f"| {file} | {effect} | {failed[0] + more if failed else '**survives**'} |",
+                  flush=True)
+    print(f"\n{planted} planted, {planted - len(survived)} noticed, {len(survived)} survive")
+    return int(bool(survived))
+
+
+main = program(__name__, "mutants", run, Settings, "Plant faults, and see whether a test notices.")

@@ -295,18 +295,21 @@ def test_training_clips_vary_in_light_and_place_alike_in_all_frames():
         moved = data.augment(dot, np.random.default_rng(seed))[0].sum(-1)
         moves.add(tuple(np.abs(np.subtract(np.unravel_index(moved.argmax(), (16, 16)), 8))))
     assert moves == {(y, x) for y in range(3) for x in range(3)}
-    # each of the four in its range: of one colour hue and saturation, of two greys the contrast
-    plain, greys = np.full((2, 1, 8, 8, 3), (40, 80, 160), np.uint8)
-    greys[:, :4], greys[:, 4:] = 80, 120
-    hues, ratios, contrasts = [], [], []
+    # each in its range: hue and saturation of a spot on black, the contrast of two greys
+    spot, greys = np.zeros((1, 32, 32, 3), np.uint8), np.full((1, 64, 8, 3), 80, np.uint8)
+    spot[:, 13:19, 13:19], greys[:, 32:] = (40, 80, 160), 120
+    hues, saturations, contrasts = [], [], []
     for seed in range(200):
-        one, two = (data.augment(clip, np.random.default_rng(seed))[0] for clip in (plain, greys))
-        hue, saturation, _ = colorsys.rgb_to_hsv(*(one[4, 4] / 255))
-        hues.append(hue - 11 / 18), ratios.append(saturation / 0.75)
-        contrasts.append((two[7, 4, 0] - float(two[0, 4, 0])) / two.mean() / (40 / 100))
-    assert 0.04 < max(hues) < 0.056 and -0.056 < min(hues) < -0.04 and abs(np.mean(hues)) < 0.01
-    for values in (ratios, contrasts):
-        assert 0.85 < min(values) < 0.94 and 1.06 < max(values) < 1.15, (min(values), max(values))
+        one, two = (data.augment(clip, np.random.default_rng(seed))[0] for clip in (spot, greys))
+        hue, saturation, _ = colorsys.rgb_to_hsv(*(one[16, 16] / 255))
+        hues.append(hue - 11 / 18)
+        saturations.append(saturation / 0.75)
+        contrasts.append((two[63, 4, 0] - float(two[0, 4, 0])) / two.mean() / 0.4)
+    for values, least, most in ((hues, -0.05, 0.05), (saturations, 0.95, 1.05),
+                                (contrasts, 0.86, 1.14)):
+        inner, span = (least + most) / 2, (most - least) / 2
+        reached = (np.array([min(values), max(values)]) - inner) / span
+        assert -1.15 < reached[0] < -0.7 and 0.7 < reached[1] < 1.15, (least, reached)
     episodes = open_episodes("rt1", make_rt1([6] * 4), min_length=5)
     plain, augmented = (Clips(episodes, 5, (32, 40), seed=0, augment=a)[0] for a in (False, True))
     assert np.array_equal(plain["actions"], augmented["actions"])

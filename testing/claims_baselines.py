@@ -7,6 +7,7 @@ import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -20,12 +21,14 @@ import train
 from baselines import (action_finetuning, classifier_guidance, clips, controlnet, diamond,
                        language_finetuning, train_diamond)
 from data import DATA_SETS, SAMPLES, Clips, collate, open_episodes
+from diffusion_forcing import NoiseSchedule
 from dynamicrafter import autoencoder
 from dynamicrafter.checkpoint import read_checkpoint, read_lightning
 from dynamicrafter.layers import sinusoidal_embedding
+from episodes import csgo
 from episodes.csgo import csgo_action
 from episodes.tfrecord import (encode_example, write_records)
-from evaluation import (baselines, contact, drift, game, plan, policies)
+from evaluation import (baselines, contact, drift, game, metrics, plan, policies)
 from model import device
 from model.memory import frozen_to_bf16
 from model.saving import (TINY_BASE, TINY_WORLD, frozen_weights, load_model, save, trained_weights)
@@ -36,6 +39,7 @@ from testing.commands import folder, raises, refused, run_command
 from testing.episodes import (encode_jpeg, make_rt1)
 from testing.golden import (error_of)
 from testing.worlds import (small_checkpoint, small_episode, small_world, train_words)
+from training.run_folder import read_settings
 from training.settings import Settings
 
 HERE = Path(__file__).parent.parent
@@ -62,6 +66,40 @@ def test_diamonds_network_has_a_task_of_unit_size_at_every_noise_level():
     assert np.allclose(diamond.noise_levels(1), [5, 0])
     levels = diamond.noise_levels(3)
     assert np.allclose(levels[::2], [5, 0.002]) and levels == sorted(levels)[::-1]
+
+
+def test_diamonds_scalings_are_edms_and_its_clips_go_on_from_predictions():
+    network = diamond.Diamond(replace(DIAMOND, action_dim=2))
+    nn.init.zeros_(network.last.bias)
+    noisy, told = torch.randn(3, 3, 8, 8), []
+    network.noise.register_forward_hook(lambda _, asked, __: told.append(asked[0]))
+    sigma = torch.tensor([0.01, 0.7, 15.0])
+    inputs = sigma, torch.zeros(3, 4, 3, 8, 8), torch.ones(3), torch.zeros(3, 4, 2)
+    total = (sigma**2 + 0.1**2).sqrt()  # of the noise, with that which a whole channel shares
+    with torch.no_grad():
+        silent = network(noisy, *inputs)
+        network.last.bias += 1
+        ones = network(noisy, *inputs)
+    skip = (0.25 / (total**2 + 0.25)).view(3, 1, 1, 1)
+    out = (total * 0.5 / (total**2 + 0.25).sqrt()).view(3, 1, 1, 1)
+    assert torch.allclose(silent, skip * noisy, atol=1e-6)
+    assert torch.allclose(ones - silent, out.expand_as(noisy), atol=1e-6)
+    assert torch.allclose(told[0], total.log() / 4)
+
+    pasts = []
+
+    def paints_white(noisy, sigma, past, past_sigma, actions):
+        pasts.append(past)
+        assert actions.flatten().tolist() == [len(pasts) - 1 + t for t in range(4)]
+        return torch.ones_like(noisy)
+
+    actions = torch.arange(6.0).view(1, 6, 1)
+    with mock.patch.object(diamond, "add_noise", lambda frames, sigma: frames), mock.patch.object(
+            diamond, "draw_sigma", lambda n: torch.full((n,), 2.0)):
+        loss = diamond.loss_of(paints_white, torch.zeros(1, 6, 3, 2, 2), actions)
+    weight = (4.01 + 0.25) / (4.01 * 0.25)
+    assert abs(loss.item() - weight) < 1e-5 and len(pasts) == 2
+    assert not pasts[0].any() and pasts[1][0, :, 0, 0, 0].tolist() == [0, 0, 0, 1]
 
 
 def test_diamond_learns_what_actions_do():
@@ -140,6 +178,33 @@ def test_a_game_is_measured_against_diamond_and_standing_still():
     refused(game.main, *words, "--frames", 500, saying="the longest has 104")
 
 
+def test_a_players_place_is_compared_with_where_they_are_and_right_is_right():
+    class Turning(game.RepeatLastFrame):  # a world in which a picture's number is a direction
+        def step(self, action):
+            x = csgo.MOUSE_X[action[0, csgo.FIRST_X : csgo.FIRST_Y].argmax()]
+            self.frame = (self.frame.astype(int) - x // 20).astype(np.uint8)
+            return self.frame
+
+    class Reader:  # of such pictures: at the origin, looking where the number says
+        def read(self, frames):
+            angle = np.radians(frames[..., 0, 0, 0].astype(float))
+            zero = np.zeros_like(angle)
+            return np.stack([zero, zero, np.cos(angle), np.sin(angle)], axis=-1)
+
+    frames = np.zeros((2, 16, 64, 80, 3), np.uint8) + np.arange(
+        90, 106, dtype=np.uint8)[:, None, None, None]
+    poses = np.zeros((2, 16, 3))
+    poses[:, -1] = 3, 4, 100
+    starts = game.InitialStates(frames, np.zeros((2, 16, 51)), poses)
+    still = game.follow(game.RepeatLastFrame(), starts, Reader(), 2, game.SHORT)
+    assert still["units off"] == 5 and abs(still["degrees off"] - 7) < 1e-3  # 93 and not 100
+    assert still["frames above repeating"] == 0
+    # twelve frames of 60 counts: 36 degrees, to the right clockwise
+    turned = game.follow_repeated(Turning(), starts, Reader(), 2)
+    assert turned["right turns right, %"] == turned["left turns left, %"] == 100
+    assert abs(turned["degrees of 36"] - 36) < 1e-3
+
+
 def test_the_drift_of_a_long_rollout_is_measured():
     grey = np.full((3, 8, 8, 3), 100, np.uint8)
     grey[1] += 10
@@ -150,6 +215,8 @@ def test_the_drift_of_a_long_rollout_is_measured():
                              "--steps", 1, "--out", out := folder())
     means = json.loads((out / "drift_csgo.json").read_text(encoding="utf-8"))["means"]
     assert code == 0 and len(means["psnr"]["imagined"]) == 9 and "| 8 |" in said
+    frames = open_episodes("csgo", SAMPLES, "val", 9)[0].read(0, 9)[0]
+    assert np.allclose(means["psnr"]["repeating"], metrics.psnr(frames[3:4], frames))
     assert (out / "sharpness_csgo.png").exists()
 
 
@@ -180,6 +247,9 @@ def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_acti
         assert videos.shape == (3, 2, 1, 1, 1)
         moved = (videos[:, 1] - starts).ravel()
         assert np.array_equal(moved, np.roll([2, 3, 2], 1) if shuffled else [2, 3, 2])
+    videos = policies.rollout_policy(Counter(), lambda frames: frames[:, :, 0, 0] + 1, starts,
+                                     horizon=3)
+    assert videos.reshape(3, 4).tolist() == [[0, 1, 3, 7], [1, 3, 7, 15], [2, 5, 11, 23]]
     assert policies.policy_action(np.array([[2.0, -0.5, 0, 1]])).tolist() == [
         [0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, -0.5, 0]]
 
@@ -205,6 +275,24 @@ def test_policies_are_judged_by_the_verifier_or_a_person():
             run_command(policies.main, *options)
     assert code == 0 and "| 4000 steps | 100 % |" in said and "| 90 steps | 0 % |" in said, said
     assert (out / "agreement.md").read_text(encoding="utf-8").count("Vid2World") == 1
+
+
+def test_success_is_that_of_the_last_frame():
+    settings = policies.Settings(checkpoint=str(TINY_WORLD), out=str(folder()), horizon=8, batch=2)
+    starts = np.zeros((2, 2, 2, 3), np.uint8)
+    closing = np.zeros((2, 9, 2, 2, 3), np.uint8)
+    closing[0, :-1] += 100  # closes at the end
+    closing[1, 1:] += 100  # was closed at the beginning
+    verifier = SimpleNamespace(opening=lambda frames: frames[..., 0, 0, 0] / 100)
+    judgement = policies.Judgement(settings, verifier, starts)
+    with mock.patch.object(policies, "rollout_policy", return_value=closing):
+        trial = policies.Trial("a world", lambda: None)
+        assert judgement.successes(trial, "a policy", lambda frames: None).tolist() == [True, False]
+    frames, true = policies.read_starts(policies.Settings(), None)
+    content = np.load(policies.STARTS)
+    for name in policies.MARKS:  # the simulator's verdict as well
+        assert np.array_equal(true[name], content[name][:, -1] < 0.02)
+        assert not np.array_equal(true["4000 steps"], content["4000 steps"][:, 0] < 0.02)
 
 
 def test_contact_is_read_off_openings():
@@ -261,6 +349,28 @@ def test_baselines_start_exactly_as_the_base_and_follow_actions_once_they_have_l
     refused_frames = np.zeros((1, 20, 13), np.float32)
     with raises(RequestError, "21 frames do not fit into one clip of 16"):
         clips.sample_clips(base, frames, refused_frames)
+
+
+def test_a_perfect_classifier_pulls_the_clip_to_the_action():
+    schedule, target = NoiseSchedule(), torch.randn(1, 3, 1, 2, 2)
+    # log p = -|x - target|² / 2, whose gradient is target - x
+    model = SimpleNamespace(schedule=schedule, log_likelihood=lambda x, *_: -(
+        x - target).square() / 2)
+    steer = classifier_guidance.towards_actions(model, weight=0.3)
+    follow = steer(lambda x, k: torch.zeros_like(x), None, None, None)
+    x = torch.randn(1, 3, 1, 2, 2)
+    for level in (100, 400, 700):
+        k = torch.full((1, 3), level)
+        alpha = schedule.alphas_cumprod[level]
+        wanted = -0.3 * ((1 - alpha) / alpha).sqrt() * (target - x)
+        assert torch.allclose(follow(x, k), wanted, atol=1e-5)
+        # and what the velocity stands for is nearer to it
+        ends = [schedule.ddim_step(x, v, k, level - 100, eta=0.0)
+                for v in (torch.zeros_like(x), follow(x, k))]
+        assert (ends[1] - target).norm() < (ends[0] - target).norm()
+    assert not follow(x, torch.full((1, 3), 999)).any()  # noise alone is not corrected
+    actions = torch.tensor([[[-0.5], [0.1], [0.5]]])  # the last leads out of the clip
+    assert classifier_guidance.bins_of(actions).tolist() == [[[0], [1]]]
 
 
 def test_the_classifiers_accuracy_is_the_share_of_right_bins():
@@ -321,6 +431,8 @@ def test_a_baseline_is_trained_by_the_loop_of_train_py():
              "--frames", 4, "--workers", 0, "--set", "val_clips=1"]
     code, said = run_command(controlnet.main, *words)
     assert code == 0 and "done at step 1" in said, said
+    begun = read_settings(out)  # one level a clip, and no action hidden
+    assert begun["shared_level"] is True and begun["action_dropout"] == 0
     code, said = run_command(controlnet.main, *words[:6], "--resume", "--steps", 2)
     assert code == 0 and "resuming" in said and "done at step 2" in said, said
     refused(controlnet.main, *words, "--overwrite", "--scratch", "--passive",
@@ -339,6 +451,14 @@ def test_captions_say_what_the_arm_did_and_reach_the_network():
             for word in ("left", "right"))
     left, right = (clips.sample_clips(model, frames, caption, steps=2) for caption in told)
     assert not np.array_equal(left, right)
+    both = np.stack([language_finetuning.word_numbers([word]) for word in ("left", "right")])
+    x, k = torch.randn(2, 3, *model.latent_shape), torch.full((2, 3), 500)
+    captions, tokens = torch.from_numpy(both)[:, None].expand(2, 3, 4), torch.randn(2, 64, 64)
+    with torch.no_grad():
+        together, *apart = (model.denoise(x[i], k[i], x[i][:, :1],
+                                          model.context(tokens[i], range(3)), captions[i])
+                            for i in (slice(0, 2), slice(0, 1), slice(1, 2)))
+    assert torch.allclose(together, torch.cat(apart), atol=1e-5)  # each clip hears its own
     root = folder()
     write_records(root / "fractal20220817_data-val.tfrecord-00000-of-00001", [encode_example({
         "steps/observation/image": [encode_jpeg(np.zeros((8, 8, 3), np.uint8))] * 2,

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import sample
 import train
 from bundled.bundle_checkpoint import bundle_base, bundle_world
 from bundled.tune_decoder import tune_decoder
-from data import SAMPLES, open_episodes
+from data import DATA_SETS, SAMPLES, open_episodes
 from dynamicrafter.checkpoint import read_checkpoint
 from evaluation import (ablations, baselines, causality, contact, controllability, drift, evaluate,
                         game, metrics, policies, speed, transfers)
@@ -260,6 +261,57 @@ def test_the_gripper_is_read_off_frames_and_its_directions_off_episodes():
     across, up = controllability.directions(episodes)
     # x and y go to the right of the picture, z goes up
     assert across[0] > 0 and across[1] > 0 and up[2] < 0
+
+
+def test_the_gripper_is_measured_at_the_last_frame_and_sweeps_by_their_side():
+    class Walker(evaluate.RepeatLastFrame):  # a world in which a picture's number is a place
+        def step(self, action):
+            self.frame = self.frame + action[:, :1, None, None].astype(np.uint8)
+            return self.frame
+
+    class Reader:
+        def read(self, frames):
+            return np.stack([frames[..., 0, 0, 0].astype(float)] * 2, axis=-1)
+
+    clips = np.zeros((2, 4, 8, 8, 3), np.uint8) + np.arange(10, 14, dtype=np.uint8)[
+        :, None, None, None]  # goes on by one a frame
+    actions, truth = np.ones((2, 4, 13), np.float32), np.full((2, 4, 2), 13.0)
+    actions[1] = 4  # and the second world by four
+    off, db = controllability.follow([Walker(), Walker()], Reader(), clips, actions, truth, batch=1)
+    assert np.allclose(off, [0, 9 * 2**0.5])
+    errors = np.array([3, 6, 9])  # of the three frames that are imagined
+    assert abs(db[1] - (20 * np.log10(255 / errors)).mean()) < 1e-6
+    swept = {name: np.zeros((1, 2, 8, 8, 3), np.uint8) for name in controllability.SWEEPS}
+    for name in ("+x", "-x"):  # both go to the right
+        swept[name][:, 1] = 5
+    axes = np.array([[1.0, 0, 0], [0, 1, -1]])
+    assert controllability.right_side(swept, Reader(), axes)[:3] == [100, 0, 0]
+
+
+def test_a_variant_is_compared_with_the_baseline_seed_by_seed():
+    losses = {"baseline": [1.0, 2.0], "other": [2.0, 4.0]}
+    assert ablations.compare(losses, "other", 1) == "3.0 ± 1.0 | +1.5 ± 0.5"
+    assert ablations.compare(losses, "baseline", 2) == "1.50 ± 0.50 | "
+
+
+def test_lpips_is_the_squared_distance_of_features_and_the_baseline_repeats_the_last_frame():
+    features = {0: [0.0, 0.0], 1: [1.0, 2.0], 2: [4.0, 0.0]}  # of pictures by their number
+    network = lambda frames: torch.tensor([features[frame[0, 0, 0].item()] for frame in frames])
+    truth = np.zeros((1, 4, 16, 16, 3), np.uint8) + np.array([0, 1, 2, 2], np.uint8)[
+        :, None, None, None]
+    world = SimpleNamespace(model=SimpleNamespace(config=replace(PRESETS["tiny"], size=(16, 16))),
+                            reset=lambda frames, actions: None,
+                            step=lambda action: np.ones((1, 16, 16, 3), np.uint8))
+    episode = SimpleNamespace(read=lambda start, stop: (truth[0], np.zeros((4, 13), np.float32)))
+
+    class One(list):
+        dataset = DATA_SETS["bridge"]
+
+    episodes = One([episode])
+    tally = evaluate.evaluate(world, episodes, 4, context_frames=2, networks={"lpips": network})
+    # imagined: 1, 1; true: 2, 2; the last given: 1
+    assert tally.sums["lpips"].tolist() == [3**2 + 2**2] * 2
+    assert np.allclose(tally.sums["psnr of repeating"], 20 * np.log10(255))
 
 
 def test_transfers_and_ablations_are_compared():

@@ -22,6 +22,14 @@ def best_device() -> str:
     return "cpu"
 
 
+def bf16_is_quick() -> bool:
+    """Whether training computes in bfloat16 unless it is told otherwise: on CUDA, and on CPUs with
+    units for it (AVX512_BF16 or AMX)."""
+    units = (getattr(torch.cpu, name, bool) for name in ("_is_avx512_bf16_supported",
+                                                         "_is_amx_tile_supported"))
+    return torch.cuda.is_available() or any(supported() for supported in units)
+
+
 def bf16_is_emulated(device: torch.device) -> bool:
     """CPUs without AVX-512 compute bfloat16 in software: convolutions take twenty times as long."""
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"

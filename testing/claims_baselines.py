@@ -544,7 +544,16 @@ def test_the_best_device_is_found_and_a_mac_is_told_once():
             os.environ.pop(device.FALLBACK, None)
             assert choose() == "cpu" and device.FALLBACK in said.call_args[0][0]
     with mock.patch("torch.cuda.is_available", return_value=True):
-        assert choose() == "cuda"
+        assert choose() == "cuda" and train.parse_arguments([]).bf16 is True
+
+
+def test_training_computes_in_bfloat16_where_the_cpu_has_units_for_it():
+    for avx512, amx in ((False, False), (True, False), (False, True)):
+        with (mock.patch("torch.cuda.is_available", return_value=False),
+              mock.patch("torch.cpu._is_avx512_bf16_supported", return_value=avx512, create=True),
+              mock.patch("torch.cpu._is_amx_tile_supported", return_value=amx, create=True)):
+            assert train.parse_arguments([]).bf16 is (avx512 or amx)
+            assert train.parse_arguments(["--no-bf16"]).bf16 is False
 
 
 def test_a_small_network_learns_in_bfloat16_with_attention_written_out():

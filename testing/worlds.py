@@ -132,7 +132,7 @@ def train_words(root: Path, out: Path, steps: int = 4, batch: int = 2,
     """Words of train.py for a short run from scratch on a small RT-1."""
     return ["--data", "rt1", "--root", root, "--scratch", "--out", out, "--frames", 4, "--size", 32,
             32,
-            "--steps", steps, "--batch", batch, "--save-every", 2, "--workers", 0,
+            "--steps", steps, "--batch", batch, "--save-every", 2, "--workers", 0, "--no-bf16",
             "--set", "autoencoder_steps=2", "val_clips=2", "val_every=4", *settings]
 
 

@@ -7,10 +7,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 from causal_conv import TRANSFER_METHODS
 from data import DATA_SETS, open_episodes
+from model.device import bf16_is_quick
 from model.saving import TINY_BASE, preset_of
 from model.vid2world import PRESETS, ModelConfig
 from support.errors import RequestError, reading
@@ -40,7 +39,8 @@ class Settings:
     batch: int = option(8, "clips per process and forward pass")
     lr: float = option(1e-5, "learning rate", least=1e-12, most=1000)
     cooldown: int = option(0, "steps at the end over which it falls to zero", least=0)
-    bf16: bool | None = option(None, "compute in bfloat16; if left out, on CUDA", type=bool)
+    bf16: bool | None = option(None, "compute in bfloat16; if left out, where it is quick",
+                                type=bool)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
     trainable: str = option("all", "parameters of the U-Net: all, and the resampler's, or those of "
                                    "temporal layers, action embedding and output",
@@ -120,7 +120,7 @@ def complete(settings: Settings) -> None:
     preset = PRESETS[settings.preset]
     if not settings.size:
         settings.size = small_size(settings) if preset.small else list(preset.size)
-    settings.bf16 = torch.cuda.is_available() if settings.bf16 is None else settings.bf16
+    settings.bf16 = bf16_is_quick() if settings.bf16 is None else settings.bf16
     settings.shared_level = settings.shared_level or settings.passive
     settings.action_init = settings.action_init or preset.unet.action_init
     for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every",

@@ -15,6 +15,18 @@ from tqdm import tqdm
 from support.errors import require_finite
 
 
+def vary_colours(pixels: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] in [-1, 1], half of them with their colours exchanged and every one in
+    a light of its own, so that the decoder gives any object its own colour."""
+    N, device = len(pixels), pixels.device
+    exchanged = torch.stack([torch.randperm(3) for _ in range(N)]).to(device)
+    exchanged = torch.where(torch.rand(N, 1, device=device) < 0.5, exchanged,
+                            torch.arange(3, device=device))
+    pixels = pixels.gather(1, exchanged[:, :, None, None].expand_as(pixels))
+    contrast, light = torch.rand(2, N, 3, 1, 1, device=device)
+    return (pixels * (0.5 + contrast) + 0.6 * (light - 0.5)).clamp(-1, 1)
+
+
 def fit_autoencoder(autoencoder: nn.Module, batches: Iterable[Tensor], steps: int,
                     bf16: bool = False, decoder_only: bool = False) -> nn.Module:
     """Train an autoencoder to repeat frames, for worlds too small for Stable Diffusion's.
@@ -39,6 +51,8 @@ def fit_autoencoder(autoencoder: nn.Module, batches: Iterable[Tensor], steps: in
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     bar = tqdm(batches, desc="decoder" if decoder_only else "autoencoder", unit="step", total=steps)
     for pixels in bar:
+        if not decoder_only:
+            pixels = vary_colours(pixels)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
             with torch.set_grad_enabled(not decoder_only):
                 mean, log_variance = autoencoder.moments(pixels).float().chunk(2, dim=1)

@@ -939,11 +939,11 @@ def test_sampling_all_frames_together_hides_every_action():
     world = small_world()
     passes = passes_of(world)
     frames, actions = small_episode(4)
-    assert sample_jointly(world, frames, actions[:3]).shape == (4, 16, 16, 3)
+    assert sample_jointly(world, frames[None], actions[None, :3]).shape == (1, 4, 16, 16, 3)
     assert [mask.unique().tolist() for _, _, mask in passes] == [[1], [0]] * 3
     assert all(k.unique().numel() == 1 and mask.shape == (1, 4) for _, k, mask in passes)
-    with raises(RequestError, "6 frames do not fit into one window of 4"):
-        sample_jointly(world, frames, np.zeros((5, 13)))
+    with raises(RequestError, "6 frames do not fit into one clip of 4"):
+        sample_jointly(world, frames[None], np.zeros((1, 5, 13)))
 
 
 def test_impossible_requests_are_refused_and_leave_the_world_as_it_was():
@@ -986,7 +986,7 @@ def test_sampling_together_leaves_the_world_as_it_was():
     for each in (world, undisturbed):
         each.reset(frames[:1])
         each.step(actions[0])
-    sample_jointly(world, frames, actions[:3])
+    sample_jointly(world, frames[None], actions[None, :3])
     assert np.array_equal(world.step(actions[1]), undisturbed.step(actions[1]))
 
 

@@ -1,7 +1,7 @@
 """DIAMOND: a world model without a pretrained one, in pixels, for comparison.
 
-    python -m baselines.train_diamond train --data csgo --minutes 60 --out runs/diamond
-    python -m baselines.train_diamond sample --checkpoint runs/diamond/checkpoint.pt --sampling hq
+    python -m baselines.train_diamond --data csgo --minutes 60 --out runs/diamond
+    python -m evaluation.game --diamond runs/diamond/checkpoint.pt
 
 Alonso et al. 2024 (arXiv 2405.12399). Vid2World bends a video model; DIAMOND trains an image model
 from scratch. It sees the last four frames as more channels of one picture, and the actions taken at

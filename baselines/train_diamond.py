@@ -1,6 +1,5 @@
-"""Train DIAMOND (baselines/diamond.py) for so many minutes, or roll it out."""
+"""Train DIAMOND (baselines/diamond.py) for so many minutes; evaluation/game.py rolls it out."""
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,21 +9,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from baselines.diamond import PAST, STEPS, Diamond, DiamondConfig, DiamondWorld, loss_of
-from data import (DATA_SETS, Clips, Episodes, collate, default_root, fit_frames, open_episodes,
-                  require_clips)
+from baselines.diamond import PAST, Diamond, DiamondConfig, loss_of
+from data import DATA_SETS, Clips, collate, default_root, open_episodes, require_clips
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from model.saving import save
 from model.vid2world import to_pixels
-from support.errors import CheckpointError, RequestError, reading, require_finite
-from support.options import argument, option, program
-from support.pictures import psnr, save_strip
+from support.errors import CheckpointError, reading, require_finite
+from support.options import option, program
 from support.schema import conform
 
 
 @dataclass
 class Settings:
-    what: str = argument("train, or sample", choices=["train", "sample"])
     data: str = option("csgo", "data set", choices=DATA_SETS)
     root: str | None = option(None, "its folder")
     out: str = option("runs/diamond", "run folder")
@@ -36,10 +32,6 @@ class Settings:
     ahead: int = option(2, "frames of a clip that are predicted one from another")
     workers: int = option(1, "processes that decode frames", least=0)
     seed: int = option(0, "of everything random", least=0)
-    checkpoint: str = option("runs/diamond/checkpoint.pt", "to sample from")
-    sampling: str = option("hq", "steps a frame: fast 1, hq 3", choices=STEPS)
-    episode: int = option(0, "which held-out episode", least=0)
-    frames: int = option(16, "of it", least=PAST + 1)
 
 
 def train(settings: Settings) -> None:
@@ -95,37 +87,4 @@ def load_diamond(path: str | Path) -> Diamond:
         return load_weights(network, content["weights"], str(path))
 
 
-def rollout_diamond(network: Diamond, episodes: Episodes, chosen: Sequence[int], length: int,
-            steps: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Episodes side by side: imagined and true frames, uint8 [B, length, H, W, 3] each; the first
-    four are given."""
-    clips, actions = zip(*(episodes[i].read(0, length) for i in chosen), strict=True)
-    truth = np.stack([fit_frames(clip, *network.config.size, episodes.dataset.fit)
-                      for clip in clips])
-    taken, world = np.stack(actions), DiamondWorld(network, steps, seed)
-    world.reset(truth[:, :PAST], taken[:, : PAST - 1])
-    new = [world.step(taken[:, t]) for t in range(PAST - 1, length - 1)]
-    return np.concatenate([truth[:, :PAST], np.stack(new, axis=1)], axis=1), truth
-
-
-def sample(settings: Settings) -> None:
-    network = load_diamond(settings.checkpoint)
-    episodes = open_episodes(settings.data, settings.root, "val", settings.frames)
-    if episodes.dataset.action_dim != network.config.action_dim:
-        raise RequestError(f"{settings.data} has actions of {episodes.dataset.action_dim} numbers, "
-                           f"but this network takes {network.config.action_dim}")
-    imagined, truth = rollout_diamond(network, episodes, [settings.episode], settings.frames,
-                              STEPS[settings.sampling], settings.seed)
-    ours = psnr(imagined[0, PAST:], truth[0, PAST:]).mean()
-    repeating = psnr(truth[0, PAST - 1 : PAST], truth[0, PAST:]).mean()
-    path = Path(settings.out) / f"{settings.data}_val{settings.episode}_{settings.sampling}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_strip(path, {"truth": truth[0], f"DIAMOND, {settings.sampling}": imagined[0]})
-    print(f"{settings.frames - PAST} frames at {ours:.2f} dB (repeating: {repeating:.2f}), {path}")
-
-
-def run(settings: Settings) -> None:
-    {"train": train, "sample": sample}[settings.what](settings)
-
-
-main = program(__name__, "train_diamond", run, Settings, "Train DIAMOND, or roll it out.")
+main = program(__name__, "train_diamond", train, Settings, "Train DIAMOND.")

@@ -52,7 +52,7 @@ python -m bundled.tune_decoder runs/arena --steps 1000 --bf16
 python train.py --data csgo --root recorded/arena --base runs/arena --out runs/arena_on --steps 1050 --cooldown 960 \
     --lr 5e-4 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=100000
 python -m bundled.bundle_checkpoint world runs/arena_on checkpoints/arena_world.pt
-python -m baselines.train_diamond train --data csgo --root recorded/arena --minutes 115 --batch 8 --bf16
+python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 115 --batch 8 --bf16
 
 # 5. Policies of very different skill that close the drawer, the eye that judges them, and the truth.
 python -m bundled.train_policies

@@ -52,17 +52,15 @@ from support.options import option, program
 FRAMES, STEPS_PER_FRAME = 24, 6  # of an episode, if nothing is said; of the simulator, held
 HEIGHT, WIDTH = 64, 80  # of a recorded frame; rendered at twice that
 CAMERA, CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)
+CAMERA_REACH = (0.15, 0.12, 0.1)  # metres, per axis, by which another view is moved at the most
+EVERYWHERE = ("basic_floor", "table_wood", "table_col", "wall_metal", "xyz_col")  # materials
 # where the hand starts and turns back, in metres
 LOW, HIGH = np.array([-0.4, 0.45, 0.06]), np.array([0.4, 0.9, 0.42])
 LEAD = 0.03  # metres, per axis, that the point which pulls the hand may be ahead of it
 WORLDS = {
     "drawer": ("drawer-close-v3", "drawer-open-v3"),
     "contact": ("drawer-close-v3",),
-    "others": ("button-press-v3", "button-press-topdown-v3", "coffee-button-v3", "coffee-push-v3",
-               "dial-turn-v3", "door-close-v3", "door-open-v3", "door-lock-v3", "faucet-open-v3",
-               "faucet-close-v3", "handle-press-v3", "handle-pull-v3", "lever-pull-v3",
-               "pick-place-v3", "plate-slide-v3", "push-v3", "reach-v3", "soccer-v3",
-               "sweep-into-v3", "window-open-v3"),
+    "others": (),  # every task of Meta-World but those at the drawer
 }
 BEHAVIOURS = ("expert", "random", "pause", "sweep")
 CONTACT = ("expert", "astray", "random", "astray", "pause", "astray", "sweep", "astray")
@@ -70,26 +68,39 @@ ASTRAY = np.array([0.1, 0.06, 0.12])  # metres, per axis, that the expert is wro
 DRAWER = slice(4, 7)  # the drawer's place in an observation
 
 
+def meta_world() -> tuple:
+    """MuJoCo, and Meta-World's environments and expert policies by task."""
+    os.environ.setdefault("MUJOCO_GL", "osmesa")
+    try:
+        import mujoco
+        from metaworld import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+    except ImportError as error:
+        raise SystemExit(f"recording needs the simulator ({error}): pip install metaworld "
+                         "mujoco packaging") from None
+    return mujoco, ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
+
+
+def tasks_of(world: str) -> tuple[str, ...]:
+    return WORLDS[world] or tuple(sorted(set(meta_world()[1]) - set(WORLDS["drawer"])))
+
+
 class Simulator:
     """One task of Meta-World, seen by our camera."""
 
     def __init__(self, task: str):
-        os.environ.setdefault("MUJOCO_GL", "osmesa")
-        try:
-            import mujoco
-            from metaworld import ALL_V3_ENVIRONMENTS
-            from metaworld.policies import ENV_POLICY_MAP
-        except ImportError as error:
-            raise SystemExit(f"recording needs the simulator ({error}): pip install metaworld "
-                             "mujoco packaging") from None
-        self.env = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA,
-                                             width=2 * WIDTH, height=2 * HEIGHT)
+        mujoco, environments, policies = meta_world()
+        self.env = environments[task](render_mode="rgb_array", camera_name=CAMERA,
+                                      width=2 * WIDTH, height=2 * HEIGHT)
         # a new layout at every reset
         self.env._freeze_rand_vec, self.env._set_task_called = False, True
         self.env.max_path_length = 10**9
-        self.policy = ENV_POLICY_MAP[task]()
+        self.policy = policies[task]()
         self.camera = mujoco.mj_name2id(self.env.model, mujoco.mjtObj.mjOBJ_CAMERA, CAMERA)
         self.env.model.cam_pos[self.camera] = CAMERA_POSITION
+        model = self.env.model
+        self.painted = {name: getattr(model, name).copy()
+                        for name in ("mat_rgba", "light_diffuse", "cam_pos")}
         # four times faster
         self.flags_off = (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION)
 
@@ -108,6 +119,22 @@ class Simulator:
         for _ in range(20):  # come to rest
             self.advance(np.array([0, 0, 0, gripper]))
 
+    def vary(self, rng: np.random.Generator) -> None:
+        """Another view, other light, and the objects of the task in other colours, each in half of
+        the episodes: what a base has met in one colour alone, its decoder paints in that colour."""
+        model = self.env.model
+        for name, values in self.painted.items():
+            getattr(model, name)[:] = values
+        if rng.random() < 0.5:
+            model.cam_pos[self.camera] += rng.uniform(-1, 1, 3) * CAMERA_REACH
+        if rng.random() < 0.5:
+            model.light_diffuse *= rng.uniform(0.5, 1.5)
+        if rng.random() < 0.5:
+            for i in range(model.nmat):
+                everywhere = model.mat(i).name in EVERYWHERE
+                if not everywhere or rng.random() < 0.25:
+                    model.mat_rgba[i, :3] = rng.uniform(0.5 * everywhere, 1, 3)
+
     def advance(self, action: np.ndarray) -> None:
         self.observation, *_ = self.env.step(action.astype(np.float32))
         lead = self.env.data.mocap_pos[0] - self.hand
@@ -120,6 +147,7 @@ class Simulator:
     def render(self) -> np.ndarray:
         """uint8 [64, 80, 3]. This camera hangs upside down."""
         viewer = self.env.mujoco_renderer._get_viewer("rgb_array")
+        viewer.make_context_current()  # of the many simulators of a process, this one draws
         for flag in self.flags_off:
             viewer.scn.flags[flag] = 0
         picture = Image.fromarray(self.env.render()).rotate(180)
@@ -168,10 +196,12 @@ def plan(behaviour: str, rng: np.random.Generator, frames: int) -> np.ndarray:
     return np.concatenate([motion, gripper[:, None]], axis=1)
 
 
-def record(simulator: Simulator, behaviour: str, rng: np.random.Generator, frames: int = FRAMES
-           ) -> dict[str, np.ndarray]:
-    """One episode: frame t shows the world before action t."""
+def record(simulator: Simulator, behaviour: str, rng: np.random.Generator, frames: int = FRAMES,
+           varied: bool = False) -> dict[str, np.ndarray]:
+    """One episode: frame t shows the world before action t. varied: see `Simulator.vary`."""
     simulator.reset(rng)
+    if varied:
+        simulator.vary(rng)
     rows = {"frames": [], "actions": [], "position": [], "pixel": []}
     turn, wrong = np.ones(3), np.zeros((frames, 3))
     if behaviour == "astray":
@@ -244,14 +274,16 @@ def record_file(args: Settings, files: int, number: int) -> int:
     path = Path(args.out) / name
     episodes = range(number * args.per_file, min((number + 1) * args.per_file, args.episodes))
     if not path.exists():
-        payloads = []
+        payloads, tasks = [], tasks_of(args.world)
         for i in episodes:
             rng = np.random.default_rng([args.seed,
                                          zlib.crc32(f"{args.world} {args.split}".encode()), i])
-            task = WORLDS[args.world][i // len(BEHAVIOURS) % len(WORLDS[args.world])]
+            task = tasks[i // len(BEHAVIOURS) % len(tasks)]
             behaviours = CONTACT if args.world == "contact" else BEHAVIOURS
-            episode = record(simulator_of(task), behaviours[i % len(behaviours)], rng, args.frames)
-            payloads.append(encode(episode, with_actions=args.world != "others"))
+            others = args.world == "others"
+            episode = record(simulator_of(task), behaviours[i % len(behaviours)], rng, args.frames,
+                             varied=others)
+            payloads.append(encode(episode, with_actions=not others))
         # of this file alone: others are being written beside it
         unfinished = path.with_name(path.name + ".partial")
         write_records(unfinished, payloads)

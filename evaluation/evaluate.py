@@ -81,7 +81,7 @@ class Tally:
         """Scores of a batch, [B, frames] each."""
         for name, rows in scores.items():
             self.sums[name] = self.sums.get(name, 0) + rows.sum(axis=0)
-            self.squares[name] = self.squares.get(name, 0) + (rows.mean(axis=1)**2).sum()
+            self.squares[name] = self.squares.get(name, 0) + float((rows.mean(axis=1)**2).sum())
 
     def interval(self, name: str) -> float:
         """Half of the 95 % interval of a metric's mean over episodes; nan for one episode."""
@@ -150,8 +150,7 @@ def rollout_batch(world: WorldModel, frames: np.ndarray, actions: np.ndarray,
     """Episodes side by side: uint8 [B, T, H, W, 3], the given frames included, from those and
     actions [B, T - 1, A]."""
     if nar:
-        return np.stack([sample_jointly(world, *clip)
-                         for clip in zip(frames, actions, strict=True)])
+        return sample_jointly(world, frames, actions)
     given = frames[:, :context_frames]
     world.reset(given, actions[:, : context_frames - 1])
     steps = tqdm(range(context_frames - 1, actions.shape[1]), unit="frame", leave=False,

@@ -6,49 +6,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from action_guidance import guide
-from data import fit_frames
-from model.vid2world import to_frames, to_pixels
+from action_guidance import align_actions, guide
+from baselines.clips import Velocity, sample_clips
 from sample import WorldModel
-from support.errors import RequestError
+from unet import Context
 
 
-@torch.inference_mode()
 def sample_jointly(world: WorldModel, frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """One clip, its first frame given: uint8 [T, H, W, 3] from frames [≥ 1, H, W, 3] and actions [T
-    - 1, A].
+    """Clips side by side, their first frames given: uint8 [B, T, H, W, 3] from frames
+    [B, ≥ 1, H, W, 3] and actions [B, T - 1, A], sampled as the world is.
 
-    Guidance is between all actions and none. The world's own state is neither read nor changed, but
-    for its noise. Raises RequestError for more frames than the window holds.
+    Guidance is between all actions and none. The world's state is neither read nor changed. Raises
+    RequestError for more frames than the window holds.
     """
-    model, T = world.model, len(actions) + 1
-    if T > model.num_frames:
-        raise RequestError(f"{T} frames do not fit into one window of {model.num_frames}")
-    actions = world.check_actions(actions, (1, T - 1, model.action_dim), batched=False)
-    led_to = torch.cat([torch.zeros_like(actions[:, :1]), actions], dim=1)  # [1, T, A]
-    pixels = to_pixels(torch.from_numpy(fit_frames(frames[:1], *model.config.size,
-                                                   model.config.fit))[None])
-    anchor = model.encode(pixels.to(model.device))  # [1, 1, C, h, w]
-    context = model.context(model.image_tokens(pixels[:, 0].to(model.device)), range(T))
-    low, high = world.sampling.guidance_levels
+    sampling, (low, high) = world.sampling, world.sampling.guidance_levels
 
-    def predict(x: Tensor, k: int, keep: float) -> Tensor:
-        levels = torch.full((1, T), k, device=x.device)
-        return model.denoise(x, levels, anchor, context, led_to,
-                             torch.full((1, T), keep, device=x.device)).float()
+    def steer(_: Velocity, anchor: Tensor, context: Context, actions: Tensor) -> Velocity:
+        def predict(x: Tensor, k: Tensor, keep: float) -> Tensor:
+            mask = torch.full(k.shape, keep, device=x.device)
+            return world.model.denoise(x, k, anchor, context, align_actions(actions), mask).float()
 
-    def velocity(x: Tensor, k: int) -> Tensor:
-        with_actions = predict(x, k, 1.0)
-        if world.sampling.guidance == 1 or not low <= k < high:
-            return with_actions
-        return guide(with_actions, predict(x, k, 0.0), world.sampling.guidance,
-                     world.sampling.rescale)
+        def velocity(x: Tensor, k: Tensor) -> Tensor:
+            with_actions = predict(x, k, 1.0)
+            if sampling.guidance == 1 or not low <= k[0, 0] < high:
+                return with_actions
+            return guide(with_actions, predict(x, k, 0.0), sampling.guidance, sampling.rescale)
+        return velocity
 
-    world_state, world.generator = world.generator, torch.Generator().manual_seed(world.seed)
-    try:
-        with world.autocast():
-            x = model.schedule.sample(world.noise(1, T), velocity, world.sampling.steps,
-                                      world.sampling.eta, draw_noise=lambda: world.noise(1, T))
-    finally:
-        world.generator = world_state
-    return to_frames(model.decode(x))[0]
+    with world.autocast():
+        return sample_clips(world.model, frames, actions, sampling.steps, sampling.eta, world.seed,
+                            steer)

@@ -307,8 +307,7 @@ FAULTS = {
     ],
     ("evaluation/nar.py", "together"): [
         ("predict(x, k, 0.0)", "predict(x, k, 1.0)", "both passes know the actions"),
-        ("torch.cat([torch.zeros_like(actions[:, :1]), actions], dim=1)",
-         "torch.cat([actions, torch.zeros_like(actions[:, :1])], dim=1)",
+        ("context, align_actions(actions), mask)", "context, actions, mask)",
          "actions are not aligned"),
     ],
     ("evaluation/baselines.py", "ways_to_steer accuracy"): [

@@ -36,7 +36,8 @@ from PIL import Image
 from bundled import record_drawer
 from bundled.record_drawer import held, record_files, smooth_noise, to_jpeg
 from episodes.csgo import MOUSE_X, csgo_action
-from episodes.tfrecord import encode_example, write_records
+from episodes.tfrecord import encode_example
+from support.errors import RequestError
 from support.options import option, program
 
 HEIGHT, WIDTH = 64, 80
@@ -115,27 +116,31 @@ def write_wad(path: Path, text: str) -> None:
 # The game
 
 
+def doom():
+    try:
+        import vizdoom
+    except ImportError:
+        raise RequestError("recording needs the game: pip install vizdoom") from None
+    return vizdoom
+
+
 class Game:
     """One hall, seen by the player."""
 
     def __init__(self, hall: dict):
-        try:
-            import vizdoom as doom
-        except ImportError:
-            raise SystemExit("recording needs the game: pip install vizdoom") from None
-        folder = Path(tempfile.mkdtemp())
+        vizdoom, folder = doom(), Path(tempfile.mkdtemp())
         wad = folder / "hall.wad"
         write_wad(wad, map_text(hall))
-        self.game = game = doom.DoomGame()
+        self.game = game = vizdoom.DoomGame()
         game.set_doom_scenario_path(str(wad))
         game.set_doom_config_path(str(folder / "doom.ini"))
         game.set_doom_map("map01")
-        game.set_screen_resolution(doom.ScreenResolution.RES_320X240)
-        game.set_screen_format(doom.ScreenFormat.RGB24)
+        game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
+        game.set_screen_format(vizdoom.ScreenFormat.RGB24)
         game.set_render_hud(False)
         game.set_render_crosshair(False)
         game.set_window_visible(False)
-        button, variable = doom.Button, doom.GameVariable
+        button, variable = vizdoom.Button, vizdoom.GameVariable
         game.set_available_buttons([
             button.MOVE_FORWARD, button.MOVE_LEFT, button.MOVE_BACKWARD, button.MOVE_RIGHT,
             button.ATTACK, button.TURN_LEFT_RIGHT_DELTA])
@@ -230,29 +235,22 @@ class Settings(record_drawer.Settings):
     out: str = option("recorded/arena", "folder for the files")
 
 
-def record_file(args: Settings, files: int, number: int) -> int:
-    """Record file `number` of `files`, unless it is there; returns how many episodes it holds."""
-    path = Path(args.out) / f"csgo_arena-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
-    episodes = range(number * args.per_file, min((number + 1) * args.per_file, args.episodes))
-    if path.exists():
-        return len(episodes)
-    payloads, arena = [], args.world == "arena"
+def record_episodes(args: Settings, numbers: range) -> list[bytes]:
+    examples, arena = [], args.world == "arena"
     seed = zlib.crc32(f"{args.world} {args.split}".encode())
-    hall = draw_hall(0 if arena else 1 + number % 200)
+    hall = draw_hall(0 if arena else 1 + numbers[0] // args.per_file % 200)
     game = Game(hall)
-    for i in episodes:
+    for i in numbers:
         rows = record(game, hall["half"], BEHAVIOURS[i % len(BEHAVIOURS)],
                       np.random.default_rng([seed, i]), args.frames)
-        payloads.append(encode_example({
+        examples.append(encode_example({
             "steps/observation/image": [to_jpeg(frame, quality=75) for frame in rows["frames"]],
             "steps/action": np.array(rows["actions"]).ravel() * arena,
             "steps/observation/pose": np.array(rows["pose"]).ravel()}))
     game.game.close()
-    unfinished = path.with_name(path.name + ".partial")
-    write_records(unfinished, payloads)
-    unfinished.replace(path)
-    return len(episodes)
+    return examples
 
 
-main = program(__name__, "record_arena", partial(record_files, record_file), Settings,
-               "Record episodes of a walk through a hall.")
+main = program(__name__, "record_arena", partial(
+    record_files, "csgo_arena", record_episodes, doom), Settings,
+    "Record episodes of a walk through a hall.")

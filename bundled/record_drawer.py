@@ -8,8 +8,9 @@ RT-1's format.
     python -m bundled.record_drawer --world others --split train --out recorded/others
 
 `drawer` is for the world model, `contact` for one that is to tell a push from a near miss: every
-other episode is of an expert astray. `others` is for pretraining a passive video model: tasks
-without a drawer, and without actions (zeros are written in their place).
+other episode is of an expert astray. `others` is for pretraining a passive video model: all other
+tasks, without actions (zeros are written in their place), each half of the episodes from another
+place of the camera, in other light, with objects in other colours.
 
 One frame spans six steps of the simulator with the action held, so that one sees it move. A world
 model learns what actions do only if they are not habits: a scripted expert always reaches for the
@@ -47,6 +48,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from episodes.tfrecord import encode_example, write_records
+from support.errors import RequestError
 from support.options import option, program
 
 FRAMES, STEPS_PER_FRAME = 24, 6  # of an episode, if nothing is said; of the simulator, held
@@ -76,8 +78,8 @@ def meta_world() -> tuple:
         from metaworld import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
     except ImportError as error:
-        raise SystemExit(f"recording needs the simulator ({error}): pip install metaworld "
-                         "mujoco packaging") from None
+        raise RequestError(f"recording needs the simulator ({error}): pip install metaworld "
+                           "mujoco packaging") from None
     return mujoco, ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
 
 
@@ -120,8 +122,8 @@ class Simulator:
             self.advance(np.array([0, 0, 0, gripper]))
 
     def vary(self, rng: np.random.Generator) -> None:
-        """Another view, other light, and the objects of the task in other colours, each in half of
-        the episodes: what a base has met in one colour alone, its decoder paints in that colour."""
+        """Another view, other light, other colours, each in half of the episodes. What a base has
+        met in one colour alone, its decoder paints in that colour."""
         model = self.env.model
         for name, values in self.painted.items():
             getattr(model, name)[:] = values
@@ -268,38 +270,44 @@ class Settings:
     processes: int = option(2, "files recorded at a time")
 
 
-def record_file(args: Settings, files: int, number: int) -> int:
+def record_episodes(args: Settings, numbers: range) -> list[bytes]:
+    tasks, others = tasks_of(args.world), args.world == "others"
+    behaviours = CONTACT if args.world == "contact" else BEHAVIOURS
+    world, examples = zlib.crc32(f"{args.world} {args.split}".encode()), []
+    for i in numbers:
+        episode = record(simulator_of(tasks[i // len(BEHAVIOURS) % len(tasks)]),
+                         behaviours[i % len(behaviours)],
+                         np.random.default_rng([args.seed, world, i]), args.frames, varied=others)
+        examples.append(encode(episode, with_actions=not others))
+    return examples
+
+
+Record = Callable[[object, range], list[bytes]]  # episodes of these numbers, as Examples
+
+
+def record_file(name: str, record: Record, args: Settings, files: int, number: int) -> int:
     """Record file `number` of `files`, unless it is there; returns how many episodes it holds."""
-    name = f"fractal20220817_data-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
-    path = Path(args.out) / name
-    episodes = range(number * args.per_file, min((number + 1) * args.per_file, args.episodes))
+    path = Path(args.out) / f"{name}-{args.split}.tfrecord-{number:05d}-of-{files:05d}"
+    numbers = range(number * args.per_file, min((number + 1) * args.per_file, args.episodes))
     if not path.exists():
-        payloads, tasks = [], tasks_of(args.world)
-        for i in episodes:
-            rng = np.random.default_rng([args.seed,
-                                         zlib.crc32(f"{args.world} {args.split}".encode()), i])
-            task = tasks[i // len(BEHAVIOURS) % len(tasks)]
-            behaviours = CONTACT if args.world == "contact" else BEHAVIOURS
-            others = args.world == "others"
-            episode = record(simulator_of(task), behaviours[i % len(behaviours)], rng, args.frames,
-                             varied=others)
-            payloads.append(encode(episode, with_actions=not others))
-        # of this file alone: others are being written beside it
-        unfinished = path.with_name(path.name + ".partial")
-        write_records(unfinished, payloads)
+        unfinished = path.with_name(path.name + ".partial")  # this file's: others are being written
+        write_records(unfinished, record(args, numbers))
         unfinished.replace(path)
-    return len(episodes)
+    return len(numbers)
 
 
-def record_files(record_file: Callable, args: Settings) -> None:
-    """All episodes, several files at a time: record_file(args, files, number) records one."""
+def record_files(name: str, record: Record, simulator: Callable, args: Settings) -> None:
+    """All episodes, several files at a time, whose names begin with `name`."""
+    simulator()  # where it is missing, that is said here and not in a process of the pool
     Path(args.out).mkdir(parents=True, exist_ok=True)
     files = -(-args.episodes // args.per_file)
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool, tqdm(
             total=args.episodes, unit="episode") as bar:
-        for recorded in pool.imap_unordered(partial(record_file, args, files), range(files)):
+        for recorded in pool.imap_unordered(partial(record_file, name, record, args, files),
+                                            range(files)):
             bar.update(recorded)
 
 
-main = program(__name__, "record_drawer", partial(record_files, record_file), Settings,
-               "Record episodes of a simulated robot arm.")
+main = program(__name__, "record_drawer", partial(
+    record_files, "fractal20220817_data", record_episodes, meta_world), Settings,
+    "Record episodes of a simulated robot arm.")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from support.options import option, program
-from support.pictures import save_grid
+from support.pictures import save_curves
 from temporal.norm import NORM_SCOPES
 from unet import UNetConfig, leaks
 
@@ -31,7 +31,8 @@ def run(settings: Settings) -> None:
             print(f"norms over {scope:5}  the last frame moves earlier outputs by up to "
                   f"{max(moves[scope]):.2f} %")
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
-    save_grid(out / "causality.png", moves, " %", "frame")
+    save_curves(out / "causality.png", {f"norms over {scope}: moves by %": list(enumerate(row))
+                                        for scope, row in moves.items()}, "frame")
     print(f"picture: {out}/causality.png")
 
 

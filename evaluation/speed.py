@@ -4,7 +4,7 @@
     tiny    what train.py makes from scratch          full   DynamiCrafter-512, 320×512
 
 Weights are random: they take the same time. Streaming and recomputing imagine the same rollout,
-frame by frame in turn; then one long rollout, streaming, and training steps.
+frame by frame in turn; then training steps.
 """
 import resource
 import time
@@ -137,18 +137,10 @@ def measure(settings: "Settings") -> None:
                 {f"{mode}, seconds": list(enumerate(times[mode], start=2)) for mode in times},
                 "frame")
     world = WorldModel(model, steps=1)
-    window = model.num_frames - world.overlap  # frames from one window shift to the next
     world.reset(np.zeros((model.num_frames - 1, *model.config.size, 3), np.uint8))
     world.step(np.zeros(13))
     print(f"plot: {out / f'speed_{settings.size}.png'}; the cache takes "
           f"{world.cache.nbytes / 1e6:.1f} MB")
-
-    if settings.long:
-        long = time_frames(model, {"streaming": True}, settings.long, settings)["streaming"]
-        early, late = (np.mean(long[t - window : t + window]) for t in (20, settings.long - window))
-        print(f"streaming, mean of two windows: {early:.3f} s around frame 20, {late:.3f} s around "
-              f"frame {settings.long - window}, ratio {late / early:.3f}; peak memory "
-              f"{memory(device):.2f} GB")
 
     latents = model.latent_shape[1:]
     unet = model.unet.train()
@@ -208,7 +200,6 @@ class Settings:
     frames: int = option(16, "of the rollout that is timed, the given one included", least=2)
     steps: int = option(10, "denoising steps per frame")
     guidance: float = option(2.0, "with 1, a pass needs no second version of the new frame")
-    long: int = option(0, "frames of a long rollout; 0 for none", least=0)
     batch: int = option(1, "clips per training step; 0 for no training", least=0)
     rounds: int = option(3, "training steps, of which the fastest counts")
     plan: bool = option(False, "count the memory of sampling and training, without a GPU")

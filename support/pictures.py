@@ -66,27 +66,6 @@ def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8,
     sheet.save(path)
 
 
-def save_grid(path: str | Path, rows: dict[str, Sequence[float]], unit: str, x_label: str) -> None:
-    """Numbers as cells, a row per entry, written out and coloured by size (0 stays white)."""
-    cell, left, top = (88, 56), 110, 30
-    columns = max(len(values) for values in rows.values())
-    image = Image.new("RGB", (left + columns * cell[0], top + len(rows) * cell[1]), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(18)
-    for x in range(columns):
-        draw.text((left + x * cell[0] + 8, 6), f"{x_label} {x}", fill=INK,
-                  font=ImageFont.load_default(14))
-    for y, (label, values) in enumerate(rows.items()):
-        draw.text((8, top + y * cell[1] + 18), label, fill=INK, font=font)
-        for x, value in enumerate(values):
-            corner = left + x * cell[0], top + y * cell[1]
-            warmth = min(1.0, value / 3)
-            shade = tuple(round(255 + warmth * (target - 255)) for target in (214, 90, 20))
-            draw.rectangle((*corner, corner[0] + cell[0] - 3, corner[1] + cell[1] - 3), fill=shade,
-                           outline=FAINT)
-            draw.text((corner[0] + 14, corner[1] + 16), f"{value:.2f}{unit}", fill=INK, font=font)
-    image.save(path)
-
-
 def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float,
              captions: Sequence[str] = ()) -> None:
     """An animation of videos side by side, uint8 [T, H, W, 3] each, labelled; it stops for a second
@@ -128,7 +107,7 @@ def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, float]
                 x_label: str) -> None:
     """Lines through (x, y) points on shared axes from zero, one colour per entry."""
     curves = {label: points for label, points in curves.items() if len(points)}
-    width, height, left, top, right, bottom = 720, 400, 60, 20, 20, 40
+    width, height, left, top, right, bottom = 900, 400, 60, 20, 210, 40
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     x_max = max([x for points in curves.values() for x, _ in points], default=1) or 1
@@ -143,12 +122,12 @@ def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, float]
         draw.line([place(0, y), place(x_max, y)], fill=FAINT)
         draw.text((8, place(0, y)[1] - 6), f"{y:.3g}", fill=INK)
         draw.text((place(x, 0)[0] - 8, height - bottom + 6), f"{x:.4g}", fill=INK)
-    draw.text((width // 2, height - 16), x_label, fill=INK)
+    draw.text(((width + left - right) // 2, height - 16), x_label, fill=INK)
     for i, (label, points) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         if len(points) > 1:
             draw.line([place(x, y) for x, y in points], fill=colour, width=2)
-        draw.text((width - right - 160, top + 14 * i), label, fill=colour)
+        draw.text((width - right + 10, top + 14 * i), label, fill=colour)
     image.save(path)
 
 

@@ -91,19 +91,12 @@ def changes(variant: str) -> dict:
     """Settings of train.py that a variant changes. Raises DataError for one that nobody knows."""
     if variant in VARIANTS:
         return VARIANTS[variant]
-    known = {each.name for each in fields(training.Settings)}
+    known = {each.name: each for each in fields(training.Settings)}
     pairs = [assignment.partition("=") for assignment in variant.split()]
     if not all(name in known and value for name, _, value in pairs):
         raise DataError(f"there is no variant {variant!r}; known are {', '.join(VARIANTS)}, and "
                         "settings of train.py such as lr=5e-4")
-    return {name: from_text(value) for name, _, value in pairs}
-
-
-def from_text(value: str) -> object:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    return {name: training.convert(known[name], value) for name, _, value in pairs}
 
 
 def post_train(run: Path, changes: dict, seed: int, settings: Settings,

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from evaluation.evaluate import WorldSettings
+from evaluation.evaluate import WorldSettings, rollout_batch
 from evaluation.policies import MARKS, STARTS, load_policies, policy_action
-from sample import WorldModel
 from support.options import option, program
 from support.pictures import save_curves
 
@@ -26,13 +24,6 @@ class Settings(WorldSettings):
     guidance: float | None = option(None, "as in sample.py", type=float)
     starts: int = option(50, "of every policy")
     out: str = option("evaluations/contact", "folder for the plot")
-
-
-def rollout_actions(world: WorldModel, starts: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """First frames uint8 [B, H, W, 3] and what is done, [B, T, 4] -> all frames [B, 1 + T, …]."""
-    world.reset(starts[:, None])
-    steps = tqdm(actions.swapaxes(0, 1), unit="frame", leave=False, disable=None)
-    return np.stack([starts] + [world.step(policy_action(action)) for action in steps], axis=1)
 
 
 def moves(openings: np.ndarray) -> np.ndarray:
@@ -56,10 +47,8 @@ def run(settings: Settings) -> None:
     starts, found = truth["frames"][: settings.starts], {}
     print(f"{len(starts)} starts a policy; {world.sampling}\n\n{HEAD}")
     for name in MARKS:
-        actions = truth[f"{name}, actions"][: settings.starts]
-        videos = np.concatenate([rollout_actions(world, starts[i : i + settings.batch],
-                                        actions[i : i + settings.batch])
-                                 for i in range(0, len(starts), settings.batch)])
+        actions = policy_action(truth[f"{name}, actions"][: settings.starts])
+        videos = rollout_batch(world, starts[:, None], actions, batch=settings.batch)
         found[name] = truth[name][: settings.starts], verifier.opening(videos)
         print(f"| {name} | {describe(*found[name])} |", flush=True)
     true, imagined = (np.concatenate(side) for side in zip(*found.values(), strict=True))

@@ -101,9 +101,7 @@ def follow(worlds: Sequence[WorldModel], reader: GripperReader, clips: np.ndarra
     """
     errors, psnrs = [], []
     for world in worlds:
-        imagined = np.concatenate([
-            rollout_batch(world, clips[i : i + batch], actions[i : i + batch, :-1])
-            for i in range(0, len(clips), batch)])
+        imagined = rollout_batch(world, clips, actions[:, :-1], batch=batch)
         errors.append(np.linalg.norm(reader.read(imagined[:, -1]) - truth[:, -1], axis=-1))
         psnrs.append(psnr(imagined, clips)[:, 1:].mean(axis=1))
     return np.mean(errors, axis=0), np.mean(psnrs, axis=0)
@@ -127,9 +125,7 @@ def sweep(world: WorldModel, starts: np.ndarray, batch: int) -> dict[str, np.nda
     for name, (axis, sign) in SWEEPS.items():
         actions = np.zeros((len(starts), SWEEP_FRAMES, world.model.action_dim), np.float32)
         actions[:, :, WORLD_VECTOR.start + axis] = sign
-        swept[name] = np.concatenate([
-            rollout_batch(world, starts[i : i + batch], actions[i : i + batch])
-            for i in range(0, len(starts), batch)])
+        swept[name] = rollout_batch(world, starts, actions, batch=batch)
     return swept
 
 
@@ -171,8 +167,7 @@ def run(settings: Settings) -> None:
           f"held-out ones; {world.sampling.steps} steps, η {world.sampling.eta:g}")
     starts, axes = central_frames(episodes), directions(training)
     truth = np.stack([episodes[i].feature(PIXEL)[: settings.frames] for i in range(len(episodes))])
-    batches = read_batches(episodes, settings.frames, settings.batch, world.model.config)
-    clips, actions = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    (clips, actions), = read_batches(episodes, settings.frames, len(episodes), world.model.config)
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     print(f"means of {settings.seeds} seeds of the noise (95 % over episodes)\n\n"
           f"| guidance | at levels | gripper error at frame {settings.frames - 1} (pixels) | less "

@@ -45,10 +45,8 @@ def run(settings: Settings) -> None:
     world = settings.load_world()
     episodes = open_held_out(settings, world)
     given_frames = DATA_SETS[settings.data].context_frames
-    batches = read_batches(episodes, settings.frames, settings.batch, world.model.config)
-    clips = [(frames, rollout_batch(world, frames, actions[:, :-1], given_frames))
-             for frames, actions in batches]
-    truth, imagined = (np.concatenate(both) for both in zip(*clips, strict=True))
+    (truth, actions), = read_batches(episodes, settings.frames, len(episodes), world.model.config)
+    imagined = rollout_batch(world, truth, actions[:, :-1], given_frames, batch=settings.batch)
     given = truth[:, given_frames - 1, None]
     curves = {
         "psnr": {"imagined": psnr(imagined, truth), "repeating": psnr(given, truth)},

@@ -146,9 +146,14 @@ class RepeatLastFrame:
 
 
 def rollout_batch(world: WorldModel, frames: np.ndarray, actions: np.ndarray,
-                  context_frames: int = 1, nar: bool = False) -> np.ndarray:
-    """Episodes side by side: uint8 [B, T, H, W, 3], the given frames included, from those and
-    actions [B, T - 1, A]."""
+                  context_frames: int = 1, nar: bool = False, batch: int | None = None
+                  ) -> np.ndarray:
+    """Episodes side by side, `batch` at a time: uint8 [N, T, H, W, 3], the given frames included,
+    from those and actions [N, T - 1, A]."""
+    if batch and len(frames) > batch:
+        return np.concatenate([rollout_batch(world, frames[i : i + batch], actions[i : i + batch],
+                                             context_frames, nar)
+                               for i in range(0, len(frames), batch)])
     if nar:
         return sample_jointly(world, frames, actions)
     given = frames[:, :context_frames]

@@ -106,9 +106,7 @@ def rollout_action(world: object, starts: InitialStates, batch: int,
         known = starts.actions[:, : GIVEN - 1]
         repeated = np.broadcast_to(action, (len(known), new, len(action)))
         actions = np.concatenate([known, repeated], axis=1)
-    return np.concatenate([rollout_batch(world, starts.frames[i : i + batch, :GIVEN],
-                                   actions[i : i + batch], GIVEN)
-                           for i in range(0, len(actions), batch)])
+    return rollout_batch(world, starts.frames[:, :GIVEN], actions, GIVEN, batch=batch)
 
 
 def follow(world: object, starts: InitialStates, reader: FrameReader, batch: int, new: int
@@ -212,8 +210,7 @@ def run(settings: Settings) -> None:
     source = None if settings.reader else f"{settings.root}, {settings.reader_steps} steps"
     reader = open_reader(Path(settings.reader or out / "reader.pt"), training,
                          settings.reader_steps, source)
-    frames, actions = (np.concatenate(arrays) for arrays in zip(*read_batches(
-        held_out, settings.frames, settings.batch, world.model.config), strict=True))
+    (frames, actions), = read_batches(held_out, settings.frames, len(held_out), world.model.config)
     poses = np.stack([held_out[i].feature(POSE)[: settings.frames] for i in range(len(held_out))])
     starts = InitialStates(frames, actions, poses)
     distance, turned = apart(read_poses(reader, frames), poses)

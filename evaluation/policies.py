@@ -76,10 +76,10 @@ class SuccessClassifier:
 
 
 def policy_action(numbers: np.ndarray) -> np.ndarray:
-    """What the policy network says [N, 4] -> RT-1's 13 numbers, the episode going on."""
-    actions = np.zeros((len(numbers), 13), np.float32)
-    actions[:, 10:13], actions[:, 3] = np.clip(numbers[:, :3], -1, 1), np.clip(numbers[:, 3], -1, 1)
-    actions[:, 8] = 1
+    """What the policy network says [..., 4] -> RT-1's 13 numbers, the episode going on."""
+    actions = np.zeros((*numbers.shape[:-1], 13), np.float32)
+    actions[..., [10, 11, 12, 3]] = np.clip(numbers, -1, 1)
+    actions[..., 8] = 1
     return actions
 
 

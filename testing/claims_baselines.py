@@ -303,20 +303,6 @@ def test_contact_is_read_off_openings():
     assert contact.describe(true, imagined) == "1 of 3 | 100 % | 50 % | 20 | -10"
     assert contact.describe(true[1:2], true[1:2]) == "1 of 1 | 100 % | – | 0 | +0"
 
-    class RepeatLastFrame:
-        def reset(self, frames):
-            self.actions = []
-            assert frames.shape == (3, 1, 2, 2, 3)
-
-        def step(self, actions):
-            self.actions.append(actions)
-            return starts + len(self.actions)
-
-    starts, numbers = np.zeros((3, 2, 2, 3), np.uint8), np.random.uniform(-1, 1, (3, 5, 4))
-    videos = contact.rollout_actions(world := RepeatLastFrame(), starts, numbers)
-    assert videos[:, :, 0, 0, 0].tolist() == [[0, 1, 2, 3, 4, 5]] * 3
-    assert np.allclose(np.stack(world.actions, 1)[..., 10:], numbers[..., :3], atol=1e-6)
-
 
 def clip_baselines() -> tuple[np.ndarray, np.ndarray, Model, dict[str, tuple]]:
     """A clip's first frame and actions, the passive base, and each baseline's recipe and model."""

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
 from causal_conv import TRANSFER_METHODS
@@ -106,12 +106,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
 
 def complete(settings: Settings) -> None:
     """Apply --set, fill in what is left out, and raise RequestError for what cannot be."""
-    others = {each.name: each.default for each in fields(Settings) if not each.metadata}
+    others = {each.name: each for each in fields(Settings) if not each.metadata}
     for assignment in settings.set or []:
         name, _, value = assignment.partition("=")
         if name not in others:
             raise RequestError(f"--set knows no {name!r}; it knows {', '.join(others)}")
-        setattr(settings, name, convert(name, value, others[name]))
+        setattr(settings, name, convert(others[name], value))
     if settings.preset not in PRESETS:
         raise RequestError(f"preset is {settings.preset!r}; it must be one of {', '.join(PRESETS)}")
     if not settings.base and not PRESETS[settings.preset].small:
@@ -158,16 +158,16 @@ def small_size(settings: Settings) -> list[int]:
     return [64, multiple * max(1, round(64 * width / height / multiple))]
 
 
-def convert(name: str, value: str, default: object) -> object:
-    """The value of a setting from its text, of the kind that its default has."""
-    if isinstance(default, str):
+def convert(setting: Field, value: str) -> object:
+    """The value of a setting from its text, of the kind that it has."""
+    if setting.type in (str, str | None):
         return value
     try:
         number = json.loads(value.lower())
     except ValueError:
         number = None
-    kinds = (int,) if type(default) is int else (int, float, bool)
+    kinds = (int,) if setting.type in (int, int | None) else (int, float, bool)
     if type(number) not in kinds:
-        raise RequestError(f"{name} is {value!r}; expected a "
+        raise RequestError(f"{setting.name} is {value!r}; expected a "
                            f"{'whole number' if kinds == (int,) else 'number'}")
     return number

@@ -39,7 +39,7 @@ from action_guidance import align_actions, drop_actions, guide
 from causal_attention import TemporalTransformer
 from causal_conv import TRANSFER_METHODS, TemporalConv, TemporalConvBlock, transfer_weights
 from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss, draw_levels
-from data import open_episodes
+from data import DATA_SETS, open_episodes
 from dynamicrafter import checkpoint
 from dynamicrafter.autoencoder import Autoencoder, AutoencoderConfig
 from dynamicrafter.checkpoint import read_checkpoint
@@ -66,6 +66,8 @@ from testing.worlds import (SMALL, WORLD, Exploit, causal_network, losses, passe
                             write_safetensors)
 from training.recorder import Recorder
 from training.settings import Settings, parse_arguments
+from training.start import build_model, start_or_resume
+from training.tiny_autoencoder import fit_autoencoder, vary_colours
 from unet import (ResBlock, SpatialTransformer, UNet, UNetConfig, load_dynamicrafter,
                   load_vid2world)
 
@@ -221,6 +223,13 @@ def test_autoencoder_agrees_with_the_original_both_ways():
                               "first_stage_model.")
     assert error_of(autoencoder.moments(g["image"]), g["moments"]) < 5e-6
     assert error_of(autoencoder.decode(g["latent"][None])[0], g["decoded"]) < 5e-6
+    mean, log_variance = g["moments"].chunk(2, dim=1)
+    noise = torch.randn(mean.shape)
+    sample_of = mean + noise * (0.5 * log_variance).exp()
+    assert error_of(autoencoder.encode(g["image"][None], noise[None])[0], sample_of) < 5e-6
+    autoencoder.config = replace(autoencoder.config, latent_scale=0.5)
+    assert error_of(autoencoder.encode(g["image"][None])[0], 0.5 * mean) < 5e-6
+    assert error_of(autoencoder.decode(0.5 * g["latent"][None])[0], g["decoded"]) < 5e-6
 
 
 @torch.no_grad()
@@ -1254,6 +1263,63 @@ def test_validation_says_whether_a_world_follows_its_actions():
     assert "does not follow its actions" in said(0.3, 0.2, gap=0.19)
     assert "lowest" not in said(0.3, 0.2, gap=0.21) and "world follows" in said(0.2, gap=0.21)
     assert "lowest at step 1: 0.2000; now it is 0.3000" in said(0.4, 0.2, 0.3, gap=0)
+
+
+def test_a_small_autoencoder_gets_latents_of_unit_deviation_and_draws_the_same():
+    pixels, noise = torch.rand(16, 3, 8, 8) * 2 - 1, torch.randn(1, 16, 4, 4, 4)
+
+    def fitted() -> Autoencoder:
+        torch.manual_seed(0)
+        autoencoder = Autoencoder(AutoencoderConfig(32, (1, 2), 1, latent_scale=1.0))
+        with contextlib.redirect_stderr(io.StringIO()), mock.patch(
+                "training.tiny_autoencoder.vary_colours", lambda pixels: pixels):
+            return fit_autoencoder(autoencoder, iter([pixels] * 2), 2)
+
+    with mock.patch.object(torch.Tensor, "std", lambda latents: torch.tensor(1.0)):
+        as_learned = fitted()
+    scaled = fitted()
+    with torch.no_grad():
+        theirs, ours = (each.encode(pixels[None], noise) for each in (as_learned, scaled))
+        assert abs(scaled.encode(pixels[None]).std() - 1) < 0.05 < abs(theirs.std() - 1)
+        assert error_of(scaled.decode(ours), as_learned.decode(theirs)) < 1e-5
+    with contextlib.redirect_stderr(io.StringIO()):  # tuning the decoder leaves them as they are
+        fit_autoencoder(scaled, iter([pixels]), 1, decoder_only=True)
+    with torch.no_grad():
+        assert torch.equal(scaled.encode(pixels[None], noise), ours)
+        assert error_of(scaled.decode(ours), as_learned.decode(theirs)) > 1e-3
+
+
+def test_colours_are_varied_picture_by_picture():
+    torch.manual_seed(0)
+    red = torch.tensor([0.8, -0.8, -0.8]).view(1, 3, 1, 1).expand(400, 3, 2, 2)
+    varied = vary_colours(red)
+    assert varied.shape == red.shape and varied.abs().max() <= 1
+    assert (varied == varied[:, :, :1, :1]).all()  # a picture's pixels alike
+    brightest = varied[:, :, 0, 0].argmax(dim=1)
+    # half of the pictures have their colours exchanged, so red becomes green in a sixth
+    assert abs((brightest == 1).float().mean() - 1 / 6) < 0.06
+    assert len(varied[:, 0, 0, 0].unique()) > 100
+
+
+def test_what_a_run_starts_from_is_what_was_asked():
+    dataset = DATA_SETS["rt1"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        base = from_dynamicrafter(TINY_BASE, TINY)
+        scratch, kept = (build_model(parse_arguments(["--base", str(TINY_BASE), *words]), dataset)
+                         for words in (["--scratch"], []))
+    names = ("unet.input_blocks.1.0.in_layers.2.weight", "resampler.proj_in.weight",
+             "autoencoder.decoder.conv_in.weight", "image_tower.conv1.weight")
+    theirs = dict(base.named_parameters())
+    for model, same in ((kept, (True,) * 4), (scratch, (False, False, True, True))):
+        ours = dict(model.named_parameters())
+        assert tuple(torch.equal(ours[name], theirs[name]) for name in names) == same
+        assert [ours[name].requires_grad for name in names] == [True, True, False, False]
+    settings = parse_arguments(["--out", str(folder() / "new"), "--set", "dropout=0.3"])
+    episodes = SimpleNamespace(dataset=dataset)
+    with contextlib.redirect_stdout(io.StringIO()):
+        model, saved = start_or_resume(settings, train.WORLD, episodes, torch.device("cpu"))
+    assert saved is None
+    assert {layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)} == {0.3}
 
 
 def test_a_frozen_autoencoder_encodes_a_frame_once():

@@ -5,14 +5,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# 1. Episodes: other tasks without actions, the drawer with, and the few of the drawer that are bundled.
+# 1. Episodes: other tasks without actions, the drawer with, the few of the drawer that are bundled, and
+# more of it to choose settings by: the bundled held-out ones are for reporting alone.
 record="python -m bundled.record_drawer"
-$record --world others --split train --episodes 1280 --out recorded/others
-$record --world others --split val --episodes 32 --out recorded/others
+$record --world others --split train --episodes 3072 --out recorded/others
+$record --world others --split val --episodes 96 --out recorded/others
 $record --world drawer --split train --episodes 1280 --out recorded/drawer
 $record --world drawer --split val --episodes 32 --out recorded/drawer
 $record --world drawer --split train --episodes 64 --out samples
 $record --world drawer --split val --episodes 32 --out samples
+$record --world drawer --split train --episodes 64 --out recorded/choose
+$record --world drawer --split val --episodes 32 --seed 1 --out recorded/choose
 
 # 2. The base: a passive video model of the other tasks.
 python train.py --data rt1 --root recorded/others --passive --out runs/base --steps 1500 --cooldown 500 \

@@ -17,7 +17,7 @@ by a small network (evaluation/controllability.py), beside that network's own er
 the classifier is right, by noise level, and whether words tell left from right; and a picture of
 one episode. What is done is kept (--out). Paper: Table 1.
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,17 +132,12 @@ def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader:
         if row in RECIPES:
             _, recipe, changes = RECIPES[row]
             post_train(run_of(row, seed, settings), changes, seed, settings, recipe)
-        imagine_row, scores, first = imaginer(row, seed, settings, held_out), [], 0
-        for truth, actions, captions in batches_of(held_out, settings):
-            imagined = imagine_row(truth, actions, captions)
-            places = np.stack([held_out[first + i].feature(PIXEL)[settings.frames - 1]
-                               for i in range(len(truth))])
-            off = np.linalg.norm(reader.read(imagined[:, -1]) - places, axis=-1)
-            scores.append(np.stack([psnr(imagined, truth)[:, 1:].mean(1),
-                                    ssim(imagined, truth)[:, 1:].mean(1), off]))
-            first += len(truth)
-        means = np.concatenate(scores, axis=1).mean(axis=1)
-        return dict(zip(("psnr", "ssim", "off"), means, strict=True))
+        truth, actions, captions = read_all(held_out, settings)
+        imagined = imaginer(row, seed, settings, held_out)(truth, actions, captions)
+        places = [episode.feature(PIXEL)[settings.frames - 1] for episode in held_out]
+        off = np.linalg.norm(reader.read(imagined[:, -1]) - places, axis=-1)
+        return {"psnr": psnr(imagined, truth)[:, 1:].mean(),
+                "ssim": ssim(imagined, truth)[:, 1:].mean(), "off": float(off.mean())}
 
     chosen = decisive(settings)
     if row != "classifier guidance":
@@ -150,15 +145,15 @@ def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader:
     return kept(Path(settings.out) / f"{row.replace(' ', '_')}_{seed}.json", chosen, make)
 
 
-def batches_of(held_out: Episodes, settings: Settings
-               ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Eight episodes at a time: frames [B, T, H, W, 3], and the actions [B, T - 1, A] and captions
-    [B, T - 1, N] of the motion."""
+def read_all(held_out: Episodes, settings: Settings
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames [N, T, H, W, 3], and the actions [N, T - 1, A] and captions [N, T - 1, M] of the
+    motion."""
     config = PRESETS[preset_of(settings.base)]
-    captioned = language_finetuning.CaptionedEpisodes(held_out)
-    both = (read_batches(each, settings.frames, 8, config) for each in (held_out, captioned))
-    for (truth, actions), (_, captions) in zip(*both, strict=True):
-        yield truth, actions[:, :-1], captions[:, :-1]
+    (truth, actions), (_, captions) = (
+        next(read_batches(each, settings.frames, len(each), config))
+        for each in (held_out, language_finetuning.CaptionedEpisodes(held_out)))
+    return truth, actions[:, :-1], captions[:, :-1]
 
 
 def save_example(settings: Settings, held_out: Episodes) -> Path:
@@ -167,7 +162,7 @@ def save_example(settings: Settings, held_out: Episodes) -> Path:
     paths = [held_out[i].feature(PIXEL)[:T] for i in range(len(held_out))]
     farthest = np.argmax([np.linalg.norm(path[-1] - path[0]) for path in paths])
     one = held_out.select(np.arange(len(held_out)) == farthest)
-    truth, actions, captions = next(batches_of(one, settings))
+    truth, actions, captions = read_all(one, settings)
     rows = {"truth": truth[0]} | {
         row: imaginer(row, 0, settings, one)(truth, actions, captions)[0] for row in settings.rows}
     save_strip(path := Path(settings.out) / "baselines.png", rows)
@@ -196,16 +191,15 @@ def classifier_lines(settings: Settings, held_out: Episodes) -> list[str]:
     row = "classifier guidance"
     models = [load_model(run_of(row, seed, settings), kind=RECIPES[row][1].model_class).eval()
               for seed in range(settings.seeds)]
-    batches = list(read_batches(held_out, settings.frames, 8, PRESETS[preset_of(settings.base)]))
-    taken = torch.from_numpy(np.concatenate([actions for _, actions in batches]))
-    bins = classifier_guidance.bins_of(taken).flatten(0, 1)  # [N, A]
+    (frames, actions), = read_batches(held_out, settings.frames, len(held_out),
+                                      PRESETS[preset_of(settings.base)])
+    bins = classifier_guidance.bins_of(torch.from_numpy(actions)).flatten(0, 1)  # [N, A]
     varies = (bins != bins[0]).any(dim=0).numpy()
     commonest = np.mean([np.bincount(column).max() / len(column)
                          for column in bins.numpy().T[varies]])
     cells = []
     for k in LEVELS:
-        right = [named_right(model, frames, actions, k)[..., varies]
-                 for model in models for frames, actions in batches]
+        right = [named_right(model, frames, actions, k)[..., varies] for model in models]
         cells.append(f"{100 * np.concatenate(right).mean():.0f}")
     return [f"The classifier's accuracy (%), of the {varies.sum()} numbers that vary; always the "
             f"commonest bin: {100 * commonest:.0f}", "",
@@ -217,8 +211,7 @@ def language_line(settings: Settings, held_out: Episodes, reader: GripperReader,
                   axes: np.ndarray) -> str:
     """How often the arm ends further right when told "right" than when told "left"; axes from
     `directions`."""
-    frames = np.concatenate([frames for frames, _ in read_batches(
-        held_out, 1, 8, PRESETS[preset_of(settings.base)])])
+    (frames, _), = read_batches(held_out, 1, len(held_out), PRESETS[preset_of(settings.base)])
     apart = []
     for seed in range(settings.seeds):
         make = imaginer("language-conditioned", seed, settings, held_out)

@@ -29,8 +29,8 @@ from data import DATA_SETS, DataSet, Episodes, bundled_world, fit_frames, open_e
 from episodes.frames import for_metrics
 from dynamicrafter.checkpoint import read_checkpoint
 from episodes.frames import cut_bars
-from evaluation.metrics import (ENOUGH, FeatureNetwork, Statistics, frechet_distance, i3d,
-                                inception, lpips, ssim)
+from evaluation.metrics import (ENOUGH, FeatureNetwork, Statistics, colour_shift, frechet_distance,
+                                i3d, inception, lpips, sharpness, ssim)
 from evaluation.nar import sample_jointly
 from model.saving import save
 from model.vid2world import ModelConfig
@@ -175,7 +175,10 @@ def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarr
     imagined, truth, given = (for_metrics(clips, dataset.aspect, dataset.compare_at)
                               for clips in (imagined, truth, given))
     tally.add({"psnr": psnr(imagined, truth), "ssim": ssim(imagined, truth),
-               "psnr of repeating": psnr(given, truth)})
+               "psnr of repeating": psnr(given, truth),
+               "colour shift": colour_shift(imagined, given),
+               "true colour shift": colour_shift(truth, given),
+               "sharpness": sharpness(imagined), "true sharpness": sharpness(truth)})
     B, T = truth.shape[:2]
     if "lpips" in networks:
         ours, theirs = (networks["lpips"](clips.reshape(B * T, *clips.shape[2:]))
@@ -293,6 +296,10 @@ def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> No
                         ("without bars", "without the black bars")):
         if f"psnr {name}" in result:
             lines.append(f"| PSNR {words} | {result[f'psnr {name}']:.3f} | dB |")
+    for name, words in (("colour shift", "from the last given frame's mean colour, of 255"),
+                        ("sharpness", "mean difference of neighbouring pixels")):
+        lines.append(f"| {name} | {result[name]:.2f} | {words}; of what happened "
+                     f"{result[f'true {name}']:.2f} |")
     first = settings.frames - len(by_frame["psnr"])
     lines += ["", f"| frame | {' | '.join(by_frame)} |", f"|{' --- |' * (1 + len(by_frame))}"]
     for t in range(len(by_frame["psnr"])):
@@ -306,11 +313,11 @@ def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> No
          "result": result, "absent": [name for name in BETTER if name not in result],
          "by_frame": {name: row.tolist() for name, row in by_frame.items()}}, indent=1),
         encoding="utf-8")
-    for name in ("psnr", "ssim", "lpips"):
+    for name in ("psnr", "ssim", "lpips", "colour shift", "sharpness"):
         curves = {label: list(enumerate(row, start=first)) for label, row in by_frame.items()
-                  if label.startswith(name)}
+                  if name in label}
         if curves:
-            save_curves(out / f"{name}.png", curves, "frame")
+            save_curves(out / f"{name.replace(' ', '_')}.png", curves, "frame")
     print(f"\nwritten: {out}/result.json, result.md, and curves over frames")
 
 

@@ -67,6 +67,18 @@ def ssim(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return similarity.mean(dim=(1, 2, 3)).view(-1, 3).mean(dim=1).numpy().reshape(frames.shape[:-3])
 
 
+def colour_shift(frames: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """How far the mean colour has gone from that of a given frame [..., 1, H, W, 3], of 255."""
+    return np.linalg.norm(frames.mean(axis=(-3, -2)) - given.mean(axis=(-3, -2)), axis=-1)
+
+
+def sharpness(frames: np.ndarray) -> np.ndarray:
+    """Mean difference of neighbouring pixels: a world that blurs loses it."""
+    pixels = frames.astype(np.float32)
+    return (np.abs(np.diff(pixels, axis=-2)).mean(axis=(-3, -2, -1))
+            + np.abs(np.diff(pixels, axis=-3)).mean(axis=(-3, -2, -1))) / 2
+
+
 # --------------------------------------------------------------------------------------------------
 # Set against set
 

@@ -1,4 +1,5 @@
 """Pictures for people: film strips, animations, curves, drawn with pillow alone; and PSNR."""
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,18 +24,6 @@ def enlarge(frames: np.ndarray, height: int) -> np.ndarray:
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
-    """A text in lines of at most `width` pixels, broken between words."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines).strip()
-
-
 def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8,
                captions: Sequence[str] = ()) -> None:
     """One row of frames per entry, uint8 [T, H, W, 3], under each other, labelled.
@@ -46,7 +35,7 @@ def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8,
     height, width = next(iter(rows.values())).shape[1:3]
     frames = max(len(frames) for frames in rows.values())
     blocks, small = range(0, frames, columns), ImageFont.load_default(13)
-    captions = [wrap(text, width - 4, small) for text in captions]
+    captions = [textwrap.fill(text, max(1, (width - 4) // 7)) for text in captions]
     lines = max((text.count("\n") + 1 for text in captions if text), default=0)
     below = 16 * lines + 4 * bool(lines)
     block_height = len(rows) * (height + 28) + below

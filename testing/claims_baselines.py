@@ -28,7 +28,7 @@ from dynamicrafter.layers import sinusoidal_embedding
 from episodes import csgo
 from episodes.csgo import csgo_action
 from episodes.tfrecord import (encode_example, write_records)
-from evaluation import (baselines, contact, drift, game, metrics, plan, policies)
+from evaluation import (baselines, contact, evaluate, game, metrics, plan, policies)
 from model import device
 from model.memory import frozen_to_bf16
 from model.saving import (TINY_BASE, TINY_WORLD, frozen_weights, load_model, save, trained_weights)
@@ -206,19 +206,24 @@ def test_a_players_place_is_compared_with_where_they_are_and_right_is_right():
     assert abs(turned["degrees of 36"] - 36) < 1e-3
 
 
-def test_the_drift_of_a_long_rollout_is_measured():
+def test_a_drift_of_colour_and_sharpness_is_measured():
     grey = np.full((3, 8, 8, 3), 100, np.uint8)
     grey[1] += 10
     grey[2, ::2] += 20
-    assert np.allclose(drift.colour_shift(grey), [0, 300**0.5, 300**0.5])
-    assert np.allclose(drift.sharpness(grey), [0, 0, 10])
-    code, said = run_command(drift.main, "--data", "csgo", "--episodes", 1, "--frames", 9,
+    assert np.allclose(metrics.colour_shift(grey, grey[:1]), [0, 300**0.5, 300**0.5])
+    assert np.allclose(metrics.sharpness(grey), [0, 0, 10])
+    code, said = run_command(evaluate.main, "--data", "csgo", "--episodes", 2, "--frames", 9,
                              "--steps", 1, "--out", out := folder())
-    means = json.loads((out / "drift_csgo.json").read_text(encoding="utf-8"))["means"]
-    assert code == 0 and len(means["psnr"]["imagined"]) == 9 and "| 8 |" in said
-    frames = open_episodes("csgo", SAMPLES, "val", 9)[0].read(0, 9)[0]
-    assert np.allclose(means["psnr"]["repeating"], metrics.psnr(frames[3:4], frames))
-    assert (out / "sharpness_csgo.png").exists()
+    rows = json.loads((out / "result.json").read_text(encoding="utf-8"))["by_frame"]
+    assert code == 0 and len(rows["psnr"]) == 5 and "| 8 |" in said and "of what happened" in said
+    frames = np.stack([episode.read(0, 9)[0] for episode in open_episodes(
+        "csgo", SAMPLES, "val", 9).select(np.arange(2))])
+    new, given = frames[:, 4:], frames[:, 3:4]
+    for name, values in (("psnr of repeating", metrics.psnr(given, new)),
+                         ("true colour shift", metrics.colour_shift(new, given)),
+                         ("true sharpness", metrics.sharpness(new))):
+        assert np.allclose(rows[name], values.mean(axis=0)), name
+    assert (out / "sharpness.png").exists() and (out / "colour_shift.png").exists()
 
 
 def test_rank_violations_are_those_of_the_published_example():

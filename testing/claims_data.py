@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 import data
 import sample
@@ -539,10 +539,9 @@ def test_a_strip_says_what_led_to_each_frame():
                    for name in ("plain", "told"))
     assert told.shape[1] == plain.shape[1] and told.shape[0] > plain.shape[0] + 2 * 30
     below = told[26 + 128 :][:30]  # the frames are shown 128 pixels high
+    assert all((below[:, 162 * x - 4 : 162 * x] == 255).all() for x in range(2, 8))  # apart
     assert (below[:, :160] == 255).all() and all((below[:, 162 * x :][:, :160] < 128).any()
                                                  for x in range(1, 8))
-    lines = pictures.wrap("w, left click, mouse +1000, -200", 150, ImageFont.load_default(13))
-    assert lines.replace("\n", " ") == captions[1] and "\n" in lines
 
 
 def test_the_51_numbers_of_csgo_are_read_in_words():

@@ -1,4 +1,6 @@
 """Claims about measurements and the bundled worlds."""
+import contextlib
+import io
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from bundled.bundle_checkpoint import bundle_base, bundle_world
 from bundled.tune_decoder import tune_decoder
 from data import DATA_SETS, SAMPLES, open_episodes
 from dynamicrafter.checkpoint import read_checkpoint
-from evaluation import (ablations, baselines, causality, contact, controllability, drift, evaluate,
+from evaluation import (ablations, baselines, causality, contact, controllability, evaluate,
                         game, metrics, policies, speed, transfers)
 from model.saving import (ARENA_WORLD, TINY_BASE, TINY_WORLD, from_dynamicrafter, load_model)
 from model.vid2world import PRESETS
@@ -100,8 +103,9 @@ def test_the_evaluation_command_measures_continues_and_shares():
     code, printed = run_command(evaluate.main, *words, "--out", out / "whole")
     assert code == 0, printed
     whole = json.loads((out / "whole" / "result.json").read_text(encoding="utf-8"))
-    assert set(whole["result"]) == {"psnr", "ssim", "lpips", "fid", "fvd", "psnr of repeating",
-                                    "psnr under other actions"} and not whole["absent"]
+    assert set(whole["result"]) == {
+        "psnr", "ssim", "lpips", "fid", "fvd", "psnr of repeating", "psnr under other actions",
+        "colour shift", "true colour shift", "sharpness", "true sharpness"} and not whole["absent"]
     assert whole["episodes"] == 3 and len(whole["by_frame"]["psnr"]) == 2
     assert (out / "whole" / "lpips.png").exists()
 
@@ -221,6 +225,9 @@ def test_without_data_or_checkpoint_the_commands_take_the_bundled_ones_and_say_s
         code, said = run_command(sample.main, "--data", "csgo", "--frames", 5)
         assert code == 0 and said.count("PSNR") == 1, said
         assert "arena_world.pt (bundled), data: csgo from samples (bundled)" in said
+        frames = open_episodes("csgo", SAMPLES, "val")[0].read(0, 5)[0]
+        repeating = metrics.psnr(frames[3], frames[4])  # the last of the four that are given
+        assert f"(repeating the last given: {repeating:5.2f})" in said
     finally:
         os.chdir(before)
 
@@ -286,6 +293,28 @@ def test_the_gripper_is_measured_at_the_last_frame_and_sweeps_by_their_side():
         swept[name][:, 1] = 5
     axes = np.array([[1.0, 0, 0], [0, 1, -1]])
     assert controllability.right_side(swept, Reader(), axes)[:3] == [100, 0, 0]
+
+
+def test_the_distance_of_a_transfer_is_relative():
+    clips = [{"frames": np.zeros((2, 4, 4, 3), np.uint8), "actions": np.zeros((2, 13)), "index": 0,
+              "damaged": []}] * 2
+    passive = torch.ones(2, 2, 2, 1, 1, 1) * torch.tensor([2.0, 4.0]).view(1, 1, 2, 1, 1, 1)
+    answers = iter([passive, *[passive + 1] * 8])
+    with (contextlib.redirect_stdout(io.StringIO()),
+          mock.patch.object(transfers, "velocities", lambda *_: next(answers))):
+        table = transfers.distances(TINY_BASE, clips, 2)
+    assert len(table) == 8 and all(np.allclose(row, [0.5, 0.25]) for row in table.values())
+
+
+def test_a_row_of_the_ways_to_steer_is_measured_at_the_last_frame():
+    settings = baselines.Settings(base=str(TINY_BASE), frames=5, out=str(folder()))
+    held_out = open_episodes("rt1", SAMPLES, "val").select(np.arange(3))
+    reader = SimpleNamespace(read=lambda frames: np.zeros((len(frames), 2)))
+    measured = baselines.measure("repeating", 0, settings, held_out, reader)
+    frames = np.stack([episode.read(0, 5)[0] for episode in held_out])
+    places = np.stack([episode.feature(controllability.PIXEL)[4] for episode in held_out])
+    assert abs(measured["off"] - np.linalg.norm(places, axis=1).mean()) < 1e-3
+    assert abs(measured["psnr"] - metrics.psnr(frames[:, :1], frames)[:, 1:].mean()) < 1e-6
 
 
 def test_a_variant_is_compared_with_the_baseline_seed_by_seed():
@@ -389,7 +418,7 @@ def test_measurements_refuse_what_they_cannot_measure():
     refused(controllability.main, "--data", "bridge", saying="no bridge in datasets")
     refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")
     for main, name in ((ablations.main, "seeds"), (baselines.main, "episodes"),
-                       (causality.main, "frames"), (contact.main, "batch"), (drift.main, "frames"),
+                       (causality.main, "frames"), (contact.main, "batch"),
                        (game.main, "reader-steps"), (policies.main, "horizon"),
                        (speed.main, "rounds"), (transfers.main, "clips")):
         for number in (0, -1):

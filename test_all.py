@@ -52,7 +52,8 @@ from model import saving
 from model.memory import encode_once, recompute_activations
 from model.saving import (TINY_BASE, TINY_WORLD, from_dynamicrafter, from_vid2world, load_model,
                           preset_of)
-from model.vid2world import PRESETS, TINY, TUNED_SAMPLING, Model, ModelConfig, to_pixels
+from model.vid2world import (PRESETS, TINY, TUNED_SAMPLING, Model, ModelConfig, to_frames,
+                             to_pixels)
 from sample import Sampling, WorldModel
 from support.errors import CheckpointError, RequestError
 from temporal.norm import TemporalNorm, past_by_definition
@@ -786,6 +787,36 @@ def test_history_is_held_at_level_39_whatever_the_steps():
     assert all(torch.equal(x[:, :3], seen[0][0][:, :3]) for x, _, _ in seen)
     for _, _, mask in seen:  # the second pass hides the newest action and nothing else
         assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+
+
+def test_a_finished_frame_joins_the_history_with_the_noise_of_its_level():
+    world = small_world(history_level=500)
+    frames, actions = small_episode(2)
+    world.reset(frames[:1])
+    world.step(actions[0])
+    alpha, scale = (buffer[500] for buffer in (world.model.schedule.alphas_cumprod,
+                                               world.model.schedule.scale))
+    noise = world.window.history - alpha.sqrt() * scale * world.latents
+    for frame in noise[0]:  # the given one and the new one
+        assert abs(frame.std() / (1 - alpha).sqrt() - 1) < 0.2
+
+
+def test_actions_chosen_for_a_rollout_begin_with_those_of_the_given_frames():
+    recorded = np.arange(20, dtype=np.float32).reshape(10, 2)
+    for given in (1, 3):
+        chosen, origin = sample.choose_actions(sample.Settings(frames=6), recorded, given)
+        assert np.array_equal(chosen, recorded[:5]) and origin == "the episode's"
+        repeated, _ = sample.choose_actions(sample.Settings(frames=6, repeat_action=[]), recorded,
+                                            given)
+        assert np.array_equal(repeated[: given - 1], recorded[: given - 1])
+        assert len(repeated) == 5 and (repeated[given - 1 :] == recorded[given - 1]).all()
+
+
+def test_pixels_are_rounded_to_the_nearest():
+    frames = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16, 1).expand(-1, -1, -1, -1, 3)
+    assert np.array_equal(to_frames(to_pixels(frames)), frames)
+    assert to_frames(torch.tensor([0.4, 0.6]).view(1, 1, 1, 1, 2) / 127.5).ravel().tolist() == [
+        128, 128]  # of 127.9 and 128.1
 
 
 def test_the_level_of_the_history_may_be_chosen():

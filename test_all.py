@@ -532,6 +532,8 @@ def test_a_new_network_predicts_zero_and_its_temporal_layers_change_nothing():
     assert kinds == {"temopral_conv.conv4.3.weight", "out_layers.3.weight", "proj_out.weight",
                      "out.2.weight",
                      "fps_embedding.2.weight"}
+    begins = "proj_out.weight", "conv4.3.weight", "out_layers.3.weight"  # in every block
+    assert set(zero) >= {name for name, _ in network.named_parameters() if name.endswith(begins)}
 
 
 def test_recomputing_activations_changes_no_gradient():
@@ -726,6 +728,7 @@ def test_guidance_applies_at_its_levels_and_saves_the_second_pass_elsewhere():
         versions = [mask.shape[1] - (i == 0) if streaming else len(mask) for i,
                     (_, _, mask) in enumerate(passes[:5])]
         assert versions == [1, 1, 2, 2, 1]  # at levels 999, 799, 599, 399, 199
+        assert [len(world.branches(k)) for k in (299, 300, 699, 700)] == [1, 2, 2, 1]
         latents[streaming] = world.latents
     assert (latents[True] - latents[False]).abs().max() < 1e-4
     for levels, same_as in (((0, 1000), {"guidance": 3.0}), ((0, 0), {"guidance": 1.0})):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
+from action_guidance import action_embedding
 from baselines import (action_finetuning, classifier_guidance, clips, controlnet, diamond,
                        language_finetuning, train_diamond)
 from data import DATA_SETS, SAMPLES, Clips, collate, fit_frames, open_episodes
@@ -575,6 +576,8 @@ def test_he_initialisation_maps_actions_to_the_size_of_the_noise_level():
         noise = unet.time_embed(sinusoidal_embedding(torch.arange(0, 1000, 20), 64)).std(dim=0)
         sizes[words[-1] if words else ""] = (unet.action_emb_proj(actions).std(dim=0).mean()
                                              / noise.mean()).item()
+    weight = action_embedding(500, 64, "he")[0].weight
+    assert abs(weight.std() * (500 / 2)**0.5 - 1) < 0.02  # He: the deviation is √(2 / inputs)
     small = sizes.pop("action_init=pytorch")
     assert small < 0.2 and all(0.5 < size < 4 for size in sizes.values()), (small, sizes)
 

@@ -985,6 +985,11 @@ def test_sampling_all_frames_together_hides_every_action():
     assert sample_jointly(world, frames[None], actions[None, :3]).shape == (1, 4, 16, 16, 3)
     assert [mask.unique().tolist() for _, _, mask in passes] == [[1], [0]] * 3
     assert all(k.unique().numel() == 1 and mask.shape == (1, 4) for _, k, mask in passes)
+    told, denoise = [], world.model.denoise
+    world.model.denoise = lambda *asked: (told.append(asked[4]), denoise(*asked))[1]
+    sample_jointly(world, frames[None], actions[None, :3])
+    wanted = torch.from_numpy(np.concatenate([np.zeros((1, 13)), actions[:3]]))
+    assert all(torch.allclose(led_to[0], wanted.float()) for led_to in told) and len(told) == 6
     with raises(RequestError, "6 frames do not fit into one clip of 4"):
         sample_jointly(world, frames[None], np.zeros((1, 5, 13)))
 

@@ -53,11 +53,10 @@ class ControlledUNet(UNet):
         self.copy, self.action_dim = Copy(self, action_dim), action_dim
 
     def begin(self) -> None:
-        """The copy starts as the base is now; the base is frozen."""
+        """The copy starts as the base is now, and learns."""
         for name, part in self.copy.named_children():
             if hasattr(self, name):
                 part.load_state_dict(getattr(self, name).state_dict())
-        self.requires_grad_(False)
         self.copy.requires_grad_(True)
 
     def forward_projected(self, x: Tensor, k: Tensor, context: Context, fps: Tensor | None = None,

@@ -344,6 +344,18 @@ def test_baselines_start_exactly_as_the_base_and_follow_actions_once_they_have_l
         clips.sample_clips(base, frames, refused_frames)
 
 
+def test_clips_are_sampled_under_the_actions_that_led_to_their_frames():
+    frames, actions, _, built = clip_baselines()
+    model, told = built["action"][1], []
+    denoise = model.denoise
+    model.denoise = lambda *asked: (told.append(asked[4]), denoise(*asked))[1]
+    imagined = clips.sample_clips(model, frames, actions, steps=2)
+    wanted = np.concatenate([np.zeros_like(actions[:, :1]), actions], axis=1)
+    assert len(told) == 2 and all(np.allclose(led_to, wanted, atol=1e-6) for led_to in told)
+    assert np.array_equal(imagined[:, 0], frames[:, 0])
+    assert not np.array_equal(imagined[:, 1], frames[:, 1])
+
+
 def test_a_perfect_classifier_pulls_the_clip_to_the_action():
     schedule, target = NoiseSchedule(), torch.randn(1, 3, 1, 2, 2)
     # log p = -|x - target|² / 2, whose gradient is target - x

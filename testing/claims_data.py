@@ -2,6 +2,7 @@
 import ast
 import colorsys
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -243,8 +244,21 @@ def test_clips_are_the_same_in_any_number_of_workers():
     for stream in streams[1:]:
         assert all(torch.equal(a, b) for batch, other in zip(streams[0], stream, strict=True) for a,
                    b in zip(batch, other, strict=True))
+    actions = torch.cat([batch[1] for batch in streams[0]])
+    assert len({clip.numpy().tobytes() for clip in actions}) > 3  # not each clip twice
     other_seed = Clips(episodes, 5, (32, 32), seed=4)
     assert any(not np.array_equal(other_seed[i]["actions"], streams[0][0][1][i]) for i in (0, 1))
+
+
+def test_what_is_held_out_has_the_smallest_hashes():
+    root = folder()
+    for i in range(40):
+        np.savez(root / f"{i:02d}.npz", image=np.zeros((3, 4, 4, 3), np.uint8),
+                 action=np.zeros((3, 2)))
+    names = [f"{i:02d}" for i in range(40)]
+    wanted = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:5]
+    held_out = [episode.name for episode in open_episodes("folder", root, "val", fps=5)]
+    assert held_out == sorted(wanted) and held_out != names[:5]
 
 
 def test_every_place_of_every_episode_is_drawn_equally_often():

@@ -323,6 +323,18 @@ def test_a_variant_is_compared_with_the_baseline_seed_by_seed():
     assert ablations.compare(losses, "baseline", 2) == "1.50 ± 0.50 | "
 
 
+def test_a_variant_without_dropout_is_rolled_out_without_guidance():
+    settings, asked = ablations.Settings(out=str(folder()), guidance=3.0), []
+    tally = SimpleNamespace(sums={"psnr": np.array([20.0])}, episodes=1)
+    with (mock.patch.object(ablations, "post_train", return_value={1: 0.5}),
+          mock.patch.object(ablations, "load_world", lambda run, **options: asked.append(options)),
+          mock.patch.object(ablations, "open_held_out"),
+          mock.patch.object(ablations, "evaluate", return_value=tally)):
+        for variant in ("baseline", "no action dropout"):
+            ablations.measure(variant, 0, settings)
+    assert [options["guidance"] for options in asked] == [3.0, 1.0]
+
+
 def test_lpips_is_the_squared_distance_of_features_and_the_baseline_repeats_the_last_frame():
     features = {0: [0.0, 0.0], 1: [1.0, 2.0], 2: [4.0, 0.0]}  # of pictures by their number
     network = lambda frames: torch.tensor([features[frame[0, 0, 0].item()] for frame in frames])

@@ -187,7 +187,7 @@ FAULTS = {
         ("shuffled.item() - losses[-1]", "losses[-1] - shuffled.item()",
          "a world that follows its actions is said not to"),
     ],
-    ("training/start.py", "run_starts_from deviation"): [
+    ("training/start.py", "run_starts_from folder_of_your_own"): [
         ("        part.requires_grad_(False)\n    if settings.trainable", "        pass\n    if "
          "settings.trainable", "nothing stays frozen"),
         ("UNet(config.unet), Resampler(config.resampler)",
@@ -202,11 +202,11 @@ FAULTS = {
         ("scale = 1 / mean.std()", "scale = 1", "latents have no unit deviation"),
         ("autoencoder.post_quant_conv.weight /= scale", "pass",
          "the decoder reads latents of another size"),
-        ("set_grad_enabled(not decoder_only)", "set_grad_enabled(True)",
+        ("    if decoder_only:\n        return autoencoder\n", "",
          "tuning a decoder moves the latents"),
     ],
     # --------------------------------------------------------------------------------------- data
-    ("data.py", "frame_rate_that every_place clips_are deviation"): [
+    ("data.py", "frame_rate_that every_place clips_are_the_same deviation"): [
         ("fps=16, conditioning_fps=3", "fps=16, conditioning_fps=None",
          "CS:GO's network is told 16 frames a second"),
         ("np.cumsum(episodes.lengths - frames + 1)", "np.cumsum(np.ones_like(episodes.lengths))",
@@ -267,7 +267,7 @@ FAULTS = {
         ("psnr(imagined, clips)[:, 1:]", "psnr(imagined, clips)", "the given frame counts as well"),
         ("(2.5, 97.5)", "(25, 75)", "the interval is one of 50 %"),
     ],
-    ("evaluation/ablations.py", "seed_by_seed ablations_are"): [
+    ("evaluation/ablations.py", "seed_by_seed without_dropout"): [
         ('np.subtract(values[variant], values["baseline"])',
          'np.subtract(values["baseline"], values[variant])', "the sign of a difference"),
         ('1.0 if variant == "no action dropout" else settings.guidance', "settings.guidance",
@@ -319,7 +319,7 @@ FAULTS = {
         ("(off / size).sqrt()", "off.sqrt()", "the distance is not relative"),
     ],
     # ---------------------------------------------------------------------------------- baselines
-    ("baselines/clips.py", "trained_by_the_loop baselines_start"): [
+    ("baselines/clips.py", "trained_by_the_loop clips_are_sampled"): [
         ("shared_level=True, action_dropout=0.0", "shared_level=False, action_dropout=0.0",
          "a baseline trains with a level per frame"),
         ("led_to = align_actions(taken)", "led_to = taken",
@@ -338,7 +338,7 @@ FAULTS = {
         ("zero_init(nn.Conv2d(width, width, 1))", "nn.Conv2d(width, width, 1)",
          "the copy does not start in silence"),
         ("plain.emb + self.copy.action_emb(actions)", "plain.emb", "the copy knows no action"),
-        ("        self.requires_grad_(False)\n", "", "the base learns as well"),
+        ("    model.requires_grad_(False)\n", "", "the base learns as well"),
     ],
     ("baselines/language_finetuning.py", "captions_say"): [
         ("numbers = actions[:, -1]", "numbers = actions.roll(1, 0)[:, -1]",

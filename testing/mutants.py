@@ -227,7 +227,7 @@ FAULTS = {
     ("episodes/hdf5.py", "h5py_reads"): [
         ("frame[..., ::-1]", "frame", "blue is taken for red"),
     ],
-    ("episodes/index.py", "disjoint"): [
+    ("episodes/index.py", "disjoint smallest_hashes"): [
         ("records[validation if split == \"val\" else ~validation]",
          "records[validation] if split == \"val\" else records", "training sees what is held out"),
         ("sorted(np.flatnonzero(usable).tolist(), key=keys.__getitem__)",

@@ -174,9 +174,9 @@ def test_norm_scopes_see_the_frames_they_name():
         assert torch.allclose(past_by_definition(plain, x)[:, :, t],
                               plain(x[:, :, : t + 1])[:, :, t])
         assert torch.allclose(norms["past"](x)[:, :, t], past_by_definition(plain, x)[:, :, t],
-                              atol=1e-5)
-        assert torch.allclose(norms["frame"](x)[:, :, t], plain(x[:, :, t]), atol=1e-5)
-    assert torch.allclose(norms["past"](x)[:, :, -1], norms["clip"](x)[:, :, -1], atol=1e-5)
+                              atol=5e-6)
+        assert torch.allclose(norms["frame"](x)[:, :, t], plain(x[:, :, t]), atol=5e-6)
+    assert torch.allclose(norms["past"](x)[:, :, -1], norms["clip"](x)[:, :, -1], atol=5e-6)
 
 
 def test_past_norms_compute_in_float32_under_autocast():
@@ -397,12 +397,12 @@ def test_checkpoints_that_others_pruned_halved_or_wrapped_load_alike():
     assert same(load({"module": {f"_forward_module.{name}": w for name, w in weights.items()}}), 0)
     averaged = {f"ema.{name}": w + 1 for name, w in weights.items()}
     assert same(load({"state_dict": weights | averaged}), 0)  # the weights themselves are preferred
-    assert same(load({"state_dict": {name: w.half() for name, w in weights.items()}}), 1e-3)
-    assert same(load({"state_dict": {name: w.bfloat16() for name, w in weights.items()}}), 1e-2)
+    assert same(load({"state_dict": {name: w.half() for name, w in weights.items()}}), 5e-4)
+    assert same(load({"state_dict": {name: w.bfloat16() for name, w in weights.items()}}), 4e-3)
     pruned = folder() / "pruned_fp16.safetensors"
     write_safetensors(pruned, {name: w.half() for name, w in weights.items()
                                if "ln_final" not in name})
-    assert same(load_dynamicrafter(pruned, SMALL).state_dict(), 1e-3)
+    assert same(load_dynamicrafter(pruned, SMALL).state_dict(), 5e-4)
     with raises(CheckpointError, "holds no model.diffusion_model"):
         load({"state_dict": {"model_ema.diffusion_modelinput_blocks00weight": torch.zeros(3)}})
     with raises(CheckpointError, "holds several models .a., b.."):
@@ -503,7 +503,7 @@ def test_the_first_frames_alone_give_the_same_outputs():
         for t in range(1, 6):
             first = network(**{name: value if name == "text" else value[:, :t] for name,
                                value in inputs.items()})
-            assert error_of(first, whole[:, :t]) < 1e-5, (scope, t)
+            assert error_of(first, whole[:, :t]) < 7e-6, (scope, t)
 
 
 def test_norms_over_the_whole_clip_leak_the_future():
@@ -519,7 +519,7 @@ def test_norm_scopes_agree_on_a_single_frame():
         network, inputs = causal_network(scope)
         outputs.append(network(**{name: value if name == "text" else value[:, :1] for name,
                                   value in inputs.items()}))
-    assert error_of(outputs[1], outputs[0]) < 1e-5 and error_of(outputs[2], outputs[0]) < 1e-5
+    assert error_of(outputs[1], outputs[0]) < 6e-6 and error_of(outputs[2], outputs[0]) < 6e-6
 
 
 def test_a_new_network_predicts_zero_and_its_temporal_layers_change_nothing():
@@ -570,8 +570,8 @@ def test_velocity_and_noise_determine_each_other():
     x, v = schedule.add_noise(z, k, noise), schedule.velocity(z, k, noise)
     alpha = schedule.alphas_cumprod[k].view(2, 3, 1, 1, 1)
     scale = schedule.scale[k].view(2, 3, 1, 1, 1)
-    assert torch.allclose(alpha.sqrt() * x - (1 - alpha).sqrt() * v, scale * z, atol=1e-5)
-    assert torch.allclose(alpha.sqrt() * v + (1 - alpha).sqrt() * x, noise, atol=1e-5)
+    assert torch.allclose(alpha.sqrt() * x - (1 - alpha).sqrt() * v, scale * z, atol=1e-6)
+    assert torch.allclose(alpha.sqrt() * v + (1 - alpha).sqrt() * x, noise, atol=1e-6)
     assert torch.equal(x[0, 2], noise[0, 2])  # level 999 is noise alone
 
 
@@ -582,9 +582,9 @@ def test_sampling_with_the_true_velocity_returns_the_clean_latents():
         x = schedule.add_noise(z, levels[0], noise)
         for k, k_next in zip(levels, levels[1:] + [0], strict=True):
             x = schedule.ddim_step(x, schedule.velocity(z, k, noise), k, k_next, eta=0.0)
-            assert torch.allclose(x, schedule.add_noise(z, k_next, noise), atol=1e-4)
+            assert torch.allclose(x, schedule.add_noise(z, k_next, noise), atol=1e-5)
     alpha = schedule.alphas_cumprod[0]  # and at the end no signal scale is left in
-    assert torch.allclose((x - (1 - alpha).sqrt() * noise) / alpha.sqrt(), z, atol=1e-3)
+    assert torch.allclose((x - (1 - alpha).sqrt() * noise) / alpha.sqrt(), z, atol=1e-5)
 
 
 def test_fresh_noise_keeps_the_variance_of_a_level():
@@ -617,7 +617,7 @@ def test_the_loss_in_clean_latents_is_the_error_of_what_the_velocity_stands_for(
     alpha = schedule.alphas_cumprod[k].view(2, 3, 1, 1, 1)
     scale = schedule.scale[k].view(2, 3, 1, 1, 1)
     clean = alpha.sqrt() * schedule.add_noise(z, k, noise) - (1 - alpha).sqrt() * guess
-    assert torch.allclose(loss, (clean - scale * z).square().mean(), rtol=1e-4)
+    assert torch.allclose(loss, (clean - scale * z).square().mean(), rtol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -653,7 +653,7 @@ def test_guidance_exaggerates_and_rescale_restores_the_contrast():
                           atol=1e-6) and torch.equal(guide(v_cond, v_uncond, 0.0), v_uncond)
     assert torch.allclose(guide(v_cond, v_uncond, 3.0), 3 * v_cond - 2 * v_uncond, atol=1e-5)
     rescaled = guide(v_cond, v_uncond, 3.0, rescale=1.0)
-    assert torch.allclose(rescaled.std((-3, -2, -1)), v_cond.std((-3, -2, -1)), rtol=1e-4)
+    assert torch.allclose(rescaled.std((-3, -2, -1)), v_cond.std((-3, -2, -1)), rtol=1e-6)
     half = guide(v_cond, v_uncond, 3.0, rescale=0.7)
     assert torch.allclose(half, 0.7 * rescaled + 0.3 * guide(v_cond, v_uncond, 3.0), atol=1e-5)
 
@@ -700,7 +700,7 @@ def test_the_published_samplers_rollout_is_repeated():
     world.reset(np.zeros((1, 16, 16, 3), np.uint8))
     for action in g["actions"][0, :15]:
         world.step(action)
-    assert error_of(world.latents, g["latents"]) < 1e-5 and next(tape, None) is None
+    assert error_of(world.latents, g["latents"]) < 8e-6 and next(tape, None) is None
 
 
 def test_what_is_left_out_comes_from_the_checkpoint_else_from_the_paper():
@@ -730,7 +730,7 @@ def test_guidance_applies_at_its_levels_and_saves_the_second_pass_elsewhere():
         assert versions == [1, 1, 2, 2, 1]  # at levels 999, 799, 599, 399, 199
         assert [len(world.branches(k)) for k in (299, 300, 699, 700)] == [1, 2, 2, 1]
         latents[streaming] = world.latents
-    assert (latents[True] - latents[False]).abs().max() < 1e-4
+    assert (latents[True] - latents[False]).abs().max() < 4e-5
     for levels, same_as in (((0, 1000), {"guidance": 3.0}), ((0, 0), {"guidance": 1.0})):
         limited, plain = small_world(guidance=3.0, guidance_levels=levels), small_world(**same_as)
         assert np.array_equal(sample.rollout(limited, frames, actions[:2]),
@@ -754,7 +754,7 @@ def test_a_full_window_starts_over_with_its_last_frames():
     tokens = world.model.image_tokens(world.window.pixels[:, 2])
     assert not torch.allclose(tokens, world.model.image_tokens(world.window.pixels[:, 3]))
     world.step(actions[3])
-    assert torch.allclose(world.window.tokens, tokens, atol=1e-5)
+    assert torch.allclose(world.window.tokens, tokens, atol=5e-6)
     assert torch.equal(world.window.history[:, :2], history[:, 2:])  # noised once and kept
     # the new anchor is the oldest frame that stays
     assert torch.equal(world.window.anchor, latents[:, 2:3])
@@ -849,7 +849,7 @@ def test_guidance_1_is_one_conditional_pass():
         sample.rollout(almost, frames, actions[:2])
         assert [x.shape[:2] for x, _, _ in passes] == ([(1, 2), (1, 1), (1, 1)] * 2 if streaming
                                                        else [(1, 2)] * 3 + [(1, 3)] * 3)
-        assert error_of(one.latents, almost.latents) < 1e-4
+        assert error_of(one.latents, almost.latents) < 5e-6
 
 
 def test_streaming_runs_one_frame_at_a_time():
@@ -879,7 +879,7 @@ def test_streaming_imagines_the_same_frames():
             streaming.step(actions[:, t % 4])
             recomputing.step(actions[:, t % 4])
             error = (streaming.latents[:, -1] - recomputing.latents[:, -1]).abs().max()
-            assert error < 1e-4, (scope, guidance, worlds, context, t)
+            assert error < 4e-5, (scope, guidance, worlds, context, t)
             recomputing.restore(streaming.window)
 
 

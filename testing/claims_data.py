@@ -10,10 +10,13 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ import data
 import sample
 import train
 from action_guidance import align_actions
-from bundled import record_arena
+from bundled import record_arena, record_drawer
 from data import DATA_SETS, SAMPLES, Clips, collate, fit_frames, open_episodes
 from dynamicrafter.autoencoder import AutoencoderConfig
 from dynamicrafter.checkpoint import read_checkpoint, read_lightning
@@ -573,6 +576,42 @@ def test_the_51_numbers_of_csgo_are_read_in_words():
     keyboard.move([70, -3])  # the nearest bins of 90 and -3
     assert describe_csgo(keyboard.take_action()) == "w, mouse +100, -4"
     assert describe_csgo(keyboard.take_action()) == "w, mouse 0, 0"
+
+
+def test_a_recorder_without_its_simulator_says_what_to_install():
+    with mock.patch.dict(sys.modules, {"mujoco": None, "vizdoom": None}):
+        refused(record_drawer.main, "--out", folder(), saying="pip install metaworld mujoco")
+        refused(record_arena.main, "--out", folder(), saying="pip install vizdoom")
+
+
+def test_each_simulator_draws_its_own_world_and_varies_it_anew():
+    calls, flags = [], [1, 1, 1]
+    viewer = SimpleNamespace(scn=SimpleNamespace(flags=flags),
+                             make_context_current=lambda: calls.append("current"))
+    model = SimpleNamespace(cam_pos=np.zeros((1, 3)), light_diffuse=np.ones((2, 3)),
+                            mat_rgba=np.full((4, 4), 0.5), nmat=4,
+                            mat=lambda i: SimpleNamespace(name="table_wood" if i == 0 else "own"))
+    simulator = object.__new__(record_drawer.Simulator)
+    simulator.camera, simulator.flags_off = 0, (0, 2)
+    simulator.env = SimpleNamespace(
+        model=model, mujoco_renderer=SimpleNamespace(_get_viewer=lambda mode: viewer),
+        render=lambda: (calls.append("render"), np.zeros((128, 160, 3), np.uint8))[1])
+    assert simulator.render().shape == (64, 80, 3) and calls == ["current", "render"]
+    assert flags == [0, 1, 0]
+    simulator.painted = {name: getattr(model, name).copy()
+                         for name in ("mat_rgba", "light_diffuse", "cam_pos")}
+    changed = Counter()
+    for seed in range(300):
+        simulator.vary(np.random.default_rng(seed))
+        reach = np.abs(model.cam_pos[0])
+        assert (reach <= record_drawer.CAMERA_REACH).all() and (model.mat_rgba[:, 3] == 0.5).all()
+        assert 0.5 <= model.light_diffuse.min() and model.light_diffuse.max() <= 1.5
+        changed.update(name for name, moved in (
+            ("view", reach), ("light", model.light_diffuse != 1),
+            ("own", model.mat_rgba[1:, :3] != 0.5), ("everywhere", model.mat_rgba[0, :3] != 0.5))
+            if moved.any())
+    for name, share in (("view", 1 / 2), ("light", 1 / 2), ("own", 1 / 2), ("everywhere", 1 / 8)):
+        assert abs(changed[name] / 300 - share) < 0.09, changed
 
 
 def test_the_arena_is_recorded_in_csgos_layout():

@@ -729,6 +729,8 @@ def test_guidance_applies_at_its_levels_and_saves_the_second_pass_elsewhere():
                     (_, _, mask) in enumerate(passes[:5])]
         assert versions == [1, 1, 2, 2, 1]  # at levels 999, 799, 599, 399, 199
         assert [len(world.branches(k)) for k in (299, 300, 699, 700)] == [1, 2, 2, 1]
+        v = torch.randn(2, 1, 1, 4, 8, 8)
+        assert torch.equal(world.guided(v), guide(*v, 3.0, rescale=0.7))
         latents[streaming] = world.latents
     assert (latents[True] - latents[False]).abs().max() < 4e-5
     for levels, same_as in (((0, 1000), {"guidance": 3.0}), ((0, 0), {"guidance": 1.0})):
@@ -1245,15 +1247,16 @@ def test_every_clip_is_taken_once_and_gradients_of_a_step_are_a_mean():
 @small_preset()
 def test_the_optimizer_is_adamw_and_a_gradient_is_clipped():
     root, moved = make_rt1([8] * 6), {}
-    for limit in (0.5, 1e-13):
-        words = train_words(root, folder() / "run", 1, 2, f"clip_grad={limit}", "warmup=0")
+    for limit, warmup in ((0.5, 0), (1e-13, 0), (0.5, 4)):
+        words = train_words(root, folder() / "run", 1, 2, f"clip_grad={limit}", f"warmup={warmup}")
         assert run_command(train.main, *words, "--lr", 1e-3, "--cooldown", 0)[0] == 0
         saved = read_checkpoint(Path(words[words.index("--out") + 1]) / "checkpoint.pt")
         group, = saved["optimizer"]["param_groups"]
         assert tuple(group["betas"]) == (0.9, 0.999) and group["weight_decay"] == 0.01
-        moved[limit] = saved["weights"]["unet.out.2.bias"].abs().max().item()  # from zero
+        moved[limit, warmup] = saved["weights"]["unet.out.2.bias"].abs().max().item()  # from zero
     # Adam's first step is as long as the rate, unless the gradient is far below its epsilon
-    assert 0.9e-3 < moved[0.5] < 1.1e-3 and moved[1e-13] < 1e-7, moved
+    assert 0.9e-3 < moved[0.5, 0] < 1.1e-3 and moved[1e-13, 0] < 1e-7, moved
+    assert 0.9 * 0.25e-3 < moved[0.5, 4] < 1.1 * 0.25e-3, moved
 
 
 def test_validation_says_whether_a_world_follows_its_actions():
@@ -1295,7 +1298,9 @@ def test_validation_says_whether_a_world_follows_its_actions():
     # always the same noise, and nothing hidden, whatever the run trains with
     for parameter in model.unet.parameters():  # or the action would not reach the output
         parameter.data += 0.05 * torch.randn_like(parameter)
-    first = train.validate(model, held_out, settings)
+    first = train.validate(model.train(), held_out, settings)
+    assert model.training and any(isinstance(layer, nn.Dropout) and layer.p
+                                  for layer in model.modules())
     settings.action_dropout, settings.image_dropout, settings.shared_level = 1, 1, True
     assert train.validate(model, held_out, settings) == first and first["gap"] != 0
 

@@ -65,6 +65,8 @@ def test_diamonds_network_has_a_task_of_unit_size_at_every_noise_level():
     finally:
         diamond.draw_sigma = before
     assert np.allclose(diamond.noise_levels(1), [5, 0])
+    drawn = diamond.draw_sigma(20_000).log()
+    assert abs(drawn.mean() + 0.4) < 0.05 and abs(drawn.std() - 1.2) < 0.05
     levels = diamond.noise_levels(3)
     assert np.allclose(levels[::2], [5, 0.002]) and levels == sorted(levels)[::-1]
 
@@ -123,7 +125,11 @@ def test_diamond_learns_what_actions_do():
     means = []
     for action in (1, 0, 0, 1):
         world.reset(frames[:, :4], actions[:, :3])
-        means.append(world.step(np.array([[action]], np.float32)).mean())
+        before = world.past.clone()
+        new = world.step(np.array([[action]], np.float32))
+        assert torch.equal(world.past[:, :3], before[:, 1:])  # the new frame is the newest past
+        assert np.array_equal(to_frames(world.past)[:, 3], new)
+        means.append(new.mean())
     assert min(means[0], means[3]) > max(means[1], means[2]) + 60, means
     with raises(RequestError, "DIAMOND needs 4"):
         world.reset(frames[:, :3], actions[:, :2])
@@ -185,16 +191,18 @@ def test_a_players_place_is_compared_with_where_they_are_and_right_is_right():
         def step(self, action):
             x = csgo.MOUSE_X[action[0, csgo.FIRST_X : csgo.FIRST_Y].argmax()]
             self.frame = (self.frame.astype(int) - x // 20).astype(np.uint8)
+            self.frame[..., 1] += np.uint8(2 * action[0, 0])  # "w" goes on by two units
             return self.frame
 
     class Reader:  # of such pictures: at the origin, looking where the number says
         def read(self, frames):
             angle = np.radians(frames[..., 0, 0, 0].astype(float))
-            zero = np.zeros_like(angle)
-            return np.stack([zero, zero, np.cos(angle), np.sin(angle)], axis=-1)
+            ahead = frames[..., 0, 0, 1] / game.UNITS
+            return np.stack([ahead, 0 * ahead, np.cos(angle), np.sin(angle)], axis=-1)
 
     frames = np.zeros((2, 16, 64, 80, 3), np.uint8) + np.arange(
         90, 106, dtype=np.uint8)[:, None, None, None]
+    frames[..., 1] = 0
     poses = np.zeros((2, 16, 3))
     poses[:, -1] = 3, 4, 100
     starts = game.InitialStates(frames, np.zeros((2, 16, 51)), poses)
@@ -205,6 +213,8 @@ def test_a_players_place_is_compared_with_where_they_are_and_right_is_right():
     turned = game.follow_repeated(Turning(), starts, Reader(), 2)
     assert turned["right turns right, %"] == turned["left turns left, %"] == 100
     assert abs(turned["degrees of 36"] - 36) < 1e-3
+    assert abs(turned["units in 6 frames ahead"] - 12) < 1e-3
+    assert abs(turned["after 18"] - 12) < 1e-3
 
 
 def test_a_drift_of_colour_and_sharpness_is_measured():
@@ -215,7 +225,9 @@ def test_a_drift_of_colour_and_sharpness_is_measured():
     assert np.allclose(metrics.sharpness(grey), [0, 0, 10])
     code, said = run_command(evaluate.main, "--data", "csgo", "--episodes", 2, "--frames", 9,
                              "--steps", 1, "--out", out := folder())
-    rows = json.loads((out / "result.json").read_text(encoding="utf-8"))["by_frame"]
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    rows = result["by_frame"]
+    assert abs(result["result"]["psnr"] - np.mean(rows["psnr"])) < 1e-9
     assert code == 0 and len(rows["psnr"]) == 5 and "| 8 |" in said and "of what happened" in said
     frames = np.stack([episode.read(0, 9)[0] for episode in open_episodes(
         "csgo", SAMPLES, "val", 9).select(np.arange(2))])
@@ -376,6 +388,49 @@ def test_a_perfect_classifier_pulls_the_clip_to_the_action():
     assert not follow(x, torch.full((1, 3), 999)).any()  # noise alone is not corrected
     actions = torch.tensor([[[-0.5], [0.1], [0.5]]])  # the last leads out of the clip
     assert classifier_guidance.bins_of(actions).tolist() == [[[0], [1]]]
+
+
+def test_a_classifier_learns_on_noisy_latents():
+    asked, schedule = [], NoiseSchedule()
+    frames, actions = torch.zeros(2, 3, 4, 4, 3, dtype=torch.uint8), torch.randn(2, 3, 2)
+    latents, noise = torch.randn(2, 2, 3, 1, 2, 2)
+
+    def log_likelihood(*inputs):
+        asked.append(inputs)
+        return torch.tensor([-1.0, -3.0])
+
+    model = SimpleNamespace(schedule=schedule, encode=lambda pixels, noise: latents,
+                            image_tokens=lambda anchor: None, context=lambda tokens, slots: None,
+                            log_likelihood=log_likelihood)
+    k = torch.tensor([[0, 300, 999], [50, 500, 700]])
+    loss = classifier_guidance.ClassifierTraining(model, False)(
+        frames, actions, {"k": k, "noise": noise, "posterior": noise})
+    x, levels, anchor, _, told = asked[0]
+    assert loss == 2 and torch.equal(x, schedule.add_noise(latents, k, noise))
+    assert torch.equal(levels, k) and torch.equal(anchor, latents[:, :1]) and told is actions
+
+
+def test_what_the_copy_makes_is_added_to_the_skips_and_to_the_middle():
+    _, _, base, built = clip_baselines()
+    model = built["controlnet"][1].eval()
+    x, k = torch.randn(1, 2, 8, 16, 20), torch.full((1, 2), 500)
+    text, image = torch.zeros(1, 1, 64), torch.randn(1, 2, 4, 64)
+    block = base.unet.eval().output_blocks[0][0]  # reads the middle and the last skip connection
+    middle, skip = (conv.out_channels for conv in (model.unet.copy.zero_convs[-1],
+                                                   model.unet.copy.zero_convs[-2]))
+    for conv, change in ((model.unet.copy.zero_convs[-1], slice(0, middle)),
+                         (model.unet.copy.zero_convs[-2], slice(middle, middle + skip))):
+        nn.init.constant_(conv.bias, 0.3)
+        def add(_, inputs, change=change):
+            h = inputs[0].clone()
+            h[:, change] += 0.3
+            return h, *inputs[1:]
+        hook = block.register_forward_pre_hook(add)
+        with torch.no_grad():
+            ours, theirs = model.unet(x, k, text, image), base.unet(x, k, text, image)
+        assert error_of(ours, theirs) < 1e-5
+        hook.remove()
+        nn.init.zeros_(conv.bias)
 
 
 def test_the_classifiers_accuracy_is_the_share_of_right_bins():

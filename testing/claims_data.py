@@ -661,6 +661,12 @@ def test_the_held_out_clips_of_csgo_are_the_published_ones():
 def test_networks_are_told_the_frame_rate_that_the_published_ones_were():
     told = {name: DATA_SETS[name].network_fps for name in ("rt1", "bridge", "csgo")}
     assert told == {"rt1": 3, "bridge": 5, "csgo": 3} and DATA_SETS["csgo"].fps == 16
+    csgo, rt1 = DATA_SETS["csgo"], DATA_SETS["rt1"]
+    assert csgo.context_frames == 4 and csgo.compare_at == (150, 280) and rt1.augment
+    assert [(name.split("/")[-1], width) for name, width in rt1.actions] == [
+        ("base_displacement_vector", 2), ("base_displacement_vertical_rotation", 1),
+        ("gripper_closedness_action", 1), ("rotation_delta", 3), ("terminate_episode", 3),
+        ("world_vector", 3)]
     arena = open_episodes("csgo", SAMPLES).dataset
     assert arena.network_fps == arena.fps == 9
 

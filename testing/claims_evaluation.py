@@ -317,6 +317,27 @@ def test_a_row_of_the_ways_to_steer_is_measured_at_the_last_frame():
     assert abs(measured["psnr"] - metrics.psnr(frames[:, :1], frames)[:, 1:].mean()) < 1e-6
 
 
+def test_controllability_compares_seeds_with_the_actions_and_with_anothers():
+    asked = []
+
+    def follow(worlds, reader, clips, actions, truth, batch):
+        asked.append(([world.seed for world in worlds], actions))
+        return np.array([1.0, 2]) + len(asked), np.array([20.0, 22]) + len(asked)
+
+    reader = SimpleNamespace(read=lambda frames: np.zeros((len(frames), 2)))
+    with (mock.patch.object(controllability, "train_reader", return_value=reader),
+          mock.patch.object(controllability, "follow", follow),
+          mock.patch.object(controllability, "sweep", return_value={}),
+          mock.patch.object(controllability, "right_side", return_value=[100.0] * 6),
+          mock.patch.object(controllability, "save_strip")):
+        code, said = run_command(controllability.main, "--episodes", 2, "--frames", 3, "--seeds", 3,
+                                 "--guidance", 1, 2, "--out", folder())
+    assert code == 0 and [seeds for seeds, _ in asked] == [[0, 1, 2]] * 4, said
+    own, other = asked[0][1], asked[1][1]
+    assert np.array_equal(other, own[::-1]) and not np.array_equal(other, own)  # of two episodes
+    assert "| 2 | 0–300 | 4.50 (4.00 to 5.00) | +2.00 (+2.00 to +2.00) | 24.00 (23.00 to" in said
+
+
 def test_a_variant_is_compared_with_the_baseline_seed_by_seed():
     losses = {"baseline": [1.0, 2.0], "other": [2.0, 4.0]}
     assert ablations.compare(losses, "other", 1) == "3.0 ± 1.0 | +1.5 ± 0.5"

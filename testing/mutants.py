@@ -139,6 +139,13 @@ FAULTS = {
          "the command's baseline repeats the first frame"),
         ("return self.model.standardise(actions)", "return actions",
          "a world takes actions in other units than training"),
+        ("self.sampling.guidance, self.sampling.rescale)", "self.sampling.guidance, 0.0)",
+         "guidance is never rescaled"),
+        ("self.sampling.eta, draw_noise", "1.0, draw_noise", "η is always 1"),
+        ("self.noise(B, 1), partial(velocity, window)", "0 * self.noise(B, 1), partial(velocity, "
+         "window)", "a new frame starts from nothing"),
+        ("window.action_mask, (0, 1), value=1.0", "window.action_mask, (0, 1), value=0.0",
+         "the newest action is hidden"),
     ],
     ("model/vid2world.py", "all_tokens pixels samplers deviation"): [
         ("[:, :frames]", "[:, -frames:]", "short clips read the image tokens of the last slots"),
@@ -186,6 +193,14 @@ FAULTS = {
          "held-out losses of two kinds of training cannot be compared"),
         ("shuffled.item() - losses[-1]", "losses[-1] - shuffled.item()",
          "a world that follows its actions is said not to"),
+        ("optimizer.param_groups[0][\"lr\"] = learning_rate(step, settings)", "pass",
+         "the rate never changes"),
+        ("                    shared_level=not model.config.unet.causal)\n    model.eval()\n",
+         "                    shared_level=not model.config.unet.causal)\n",
+         "validation drops out neurons"),
+        ("            gaps.append(shuffled.item() - losses[-1])\n    model.train()\n",
+         "            gaps.append(shuffled.item() - losses[-1])\n",
+         "after a validation nothing is dropped out any more"),
     ],
     ("training/start.py", "run_starts_from folder_of_your_own"): [
         ("        part.requires_grad_(False)\n    if settings.trainable", "        pass\n    if "
@@ -214,6 +229,16 @@ FAULTS = {
         ("np.sqrt(scatter / count)", "scatter / count", "variances are taken for deviations"),
         ("default_rng([self.seed, i, attempt])", "default_rng([self.seed, i // 2, attempt])",
          "every clip is drawn twice"),
+        ("aspect=(256, 320),\n        augment=True,", "aspect=(256, 320),",
+         "RT-1 is not augmented"),
+        ("(\"steps/action/base_displacement_vector\", 2),\n                 "
+         "(\"steps/action/base_displacement_vertical_rotation\", 1),",
+         "(\"steps/action/base_displacement_vertical_rotation\", 1),\n                 "
+         "(\"steps/action/base_displacement_vector\", 2),", "RT-1's numbers in another order"),
+        ("context_frames=4, compare_at=(150, 280)", "context_frames=1, compare_at=(150, 280)",
+         "CS:GO is given one frame"),
+        ("context_frames=4, compare_at=(150, 280)", "context_frames=4, compare_at=None",
+         "CS:GO is compared with its bars, at the network's size"),
     ],
     ("episodes/frames.py", "light_and_place fitted_as compared_as"): [
         ("hsv[..., 0] += np.uint8(hue % 256)", "pass", "hue never varies"),
@@ -254,7 +279,7 @@ FAULTS = {
         ("* (self.count * count / total)", "* (self.count / total)",
          "the scatter between two batches"),
     ],
-    ("evaluation/evaluate.py", "lpips evaluation_gives"): [
+    ("evaluation/evaluate.py", "lpips evaluation_gives drift evaluation_command"): [
         ("truth[:, first - 1 : first]", "truth[:, :1]",
          "the baseline repeats the first frame and not the last given"),
         ("(ours - theirs).square().sum(dim=1)", "(ours - theirs).abs().sum(dim=1)",
@@ -263,13 +288,21 @@ FAULTS = {
          "np.arange(b * batch, b * batch + len(truth))", "the other actions are an episode's own"),
         ("max(0, self.squares[name] / n - mean**2) * n / (n - 1)",
          "max(0, self.squares[name] / n - mean**2)", "the interval is one of a whole population"),
+        ("tally.add_features(f\"fid, {whose}\", networks[\"fid\"](pictures))",
+         "tally.add_features(f\"fid, {whose}\", networks[\"fid\"](pictures[:1]))",
+         "FID sees one frame of a batch"),
+        ("result = {name: float(row.mean())", "result = {name: float(row[-1])",
+         "the result is that of the last frame"),
     ],
-    ("evaluation/controllability.py", "bootstrap gripper_is_measured"): [
+    ("evaluation/controllability.py", "bootstrap gripper_is controllability"): [
         ("reader.read(imagined[:, -1]) - truth[:, -1]", "reader.read(imagined[:, 0]) - truth[:, 0]",
          "the gripper's error is that of the given frame"),
         ("sign * moved @ axes[:, axis]", "moved @ axes[:, axis]", "the sign of a sweep is ignored"),
         ("psnr(imagined, clips)[:, 1:]", "psnr(imagined, clips)", "the given frame counts as well"),
         ("(2.5, 97.5)", "(25, 75)", "the interval is one of 50 %"),
+        ("np.roll(actions, 1, axis=0), truth", "actions, truth",
+         "shuffled actions are an episode's own"),
+        ("rcond=None)[0][:3].T", "rcond=None)[0][1:].T", "directions are of other axes"),
     ],
     ("evaluation/ablations.py", "seed_by_seed without_dropout"): [
         ('np.subtract(values[variant], values["baseline"])',
@@ -291,6 +324,9 @@ FAULTS = {
         ("true = {name: content[name][: settings.starts, -1] < CLOSED",
          "true = {name: content[name][: settings.starts, 0] < CLOSED",
          "true success is that of the first frame"),
+        ("middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)", "middle = rate",
+         "an interval with the rate in its middle, and not Wilson's"),
+        ("np.clip(numbers, -1, 1)", "numbers", "a policy may ask for more than full speed"),
     ],
     ("evaluation/contact.py", "contact"): [
         ("(imagined - true)[:, -1].mean()", "(true - imagined)[:, -1].mean()",
@@ -307,17 +343,23 @@ FAULTS = {
          "the baseline repeats the first frame"),
         ("starts.poses[:, last]", "starts.poses[:, GIVEN - 1]",
          "where the player is is compared with where they were"),
+        ("(turned_left > 0)", "(turned_left < 0)", "left is right"),
+        ("apart(ahead[:, t + 6], ahead[:, t])", "apart(ahead[:, t + 6], ahead[:, t + 5])",
+         "six frames ahead are one"),
     ],
     ("evaluation/nar.py", "together"): [
         ("predict(x, k, 0.0)", "predict(x, k, 1.0)", "both passes know the actions"),
         ("context, align_actions(actions), mask)", "context, actions, mask)",
          "actions are not aligned"),
     ],
-    ("evaluation/baselines.py", "row_of_the"): [
+    ("evaluation/baselines.py", "row_of_the accuracy ways_to_steer"): [
         ("np.repeat(frames[:, :1], settings.frames, axis=1)",
          "np.repeat(frames[:, -1:], settings.frames, axis=1)", "repeating knows the last frame"),
         ("feature(PIXEL)[settings.frames - 1]", "feature(PIXEL)[0]",
          "the gripper is compared with where it was"),
+        ("apart.append(ends[1] - ends[0])", "apart.append(ends[0] - ends[1])",
+         "left is right to whoever is told so"),
+        ("log_p.argmax(-1) == true", "log_p.argmin(-1) == true", "the worst guess is counted"),
     ],
     ("evaluation/transfers.py", "distance_of_a_transfer"): [
         ("(off / size).sqrt()", "off.sqrt()", "the distance is not relative"),
@@ -330,26 +372,35 @@ FAULTS = {
          "a baseline samples with actions beside the wrong frames"),
         ("imagined[:, 0] = given[:, 0]", "pass", "the given frame is imagined as well"),
     ],
-    ("baselines/classifier_guidance.py", "perfect_classifier"): [
+    ("baselines/classifier_guidance.py", "perfect_classifier classifier_learns"): [
         ("return v - weight * ratio", "return v + weight * ratio",
          "the classifier pushes away from the action"),
         ("((1 - alpha) / alpha.clamp(min=1e-2)).sqrt()", "(1 - alpha).sqrt()",
          "the gradient corrects the noise and not the velocity"),
         ("bucketize(actions[:, :-1]", "bucketize(actions[:, 1:]",
          "the classifier learns the action after the one that led to a frame"),
+        ("x = model.schedule.add_noise(latents, k, draws[\"noise\"])", "x = latents",
+         "the classifier learns without noise"),
+        ("return -model.log_likelihood", "return model.log_likelihood",
+         "the classifier learns to be wrong"),
     ],
-    ("baselines/controlnet.py", "baselines_start gradients_reach"): [
+    ("baselines/controlnet.py", "baselines_start copy_makes gradients_reach"): [
         ("zero_init(nn.Conv2d(width, width, 1))", "nn.Conv2d(width, width, 1)",
          "the copy does not start in silence"),
         ("plain.emb + self.copy.action_emb(actions)", "plain.emb", "the copy knows no action"),
         ("    model.requires_grad_(False)\n", "", "the base learns as well"),
+        ("h = h + added.pop()", "added.pop()", "the copy's middle is not heard"),
+        ("skips.pop() + added.pop()", "skips.pop() - added.pop()", "the copy is subtracted"),
     ],
     ("baselines/language_finetuning.py", "captions_say"): [
         ("numbers = actions[:, -1]", "numbers = actions.roll(1, 0)[:, -1]",
          "captions are mixed up between clips"),
         ("above if means[i] > 0 else below", "below if means[i] > 0 else above", "right is left"),
+        ("PREFIX + self.text(INSTRUCTION)", "self.text(INSTRUCTION)",
+         "the instruction without its frame"),
+        ("abs(means[i]) > 0.1", "abs(means[i]) > 0.9", "only strong motions have words"),
     ],
-    ("baselines/diamond.py", "diamond"): [
+    ("baselines/diamond.py", "diamonds diamond_learns"): [
         ("total * SIGMA_DATA / root", "total / root", "EDM's c_out"),
         ("self.noise(total.log() / 4)", "self.noise(total.log())", "EDM's c_noise"),
         ("        pixels[t] = rounded(clean.detach())\n", "",
@@ -359,11 +410,26 @@ FAULTS = {
         ("/ sigma * (smaller - sigma)", "/ sigma * (sigma - smaller)", "Euler walks back"),
         ("actions[:, t - PAST : t]", "actions[:, t - PAST + 1 : t + 1]",
          "the action after the frame is learned"),
+        ("self.past = torch.cat([self.past[:, 1:], x[:, None]], dim=1)", "pass",
+         "DIAMOND's past stands still"),
+        ("F.group_norm(x, self.groups) * (1 + scale) + shift", "F.group_norm(x, self.groups)",
+         "neither actions nor levels reach a layer"),
+        ("1.2 * torch.randn(n) - 0.4", "1.2 * torch.randn(n) + 0.4", "the levels of training"),
     ],
     # --------------------------------------------------------------------------------------- play
-    ("play/session.py", "branches_off"): [
+    ("play/keys.py", "player_drives key_is folder_of_your_own 51_numbers"): [
+        ("self.signs[name] = -self.signs[name]", "pass", "the gripper never opens again"),
+        ("-2 * std[i]", "2 * std[i]", "both arrows go the same way"),
+        ("self.tapped |= set(keys) - self.down", "pass", "a tap is lost"),
+        ("np.abs(np.subtract(bins, count)).argmin()", "np.abs(np.subtract(bins, -count)).argmin()",
+         "the mouse turns the other way"),
+    ],
+    ("play/session.py", "branches_off player_drives"): [
         ("self.world.restore(self.moments[number].window)", "pass",
          "going back shows a frame and stays in the later world"),
+        ("gif_stride(self.dataset.fps)]", "1]", "an animation has frames that no browser shows"),
+        ("self.world.latents[:, -self.world.model.num_frames :]", "self.world.latents",
+         "play remembers every frame for ever"),
     ],
 }
 

@@ -824,6 +824,17 @@ def test_pixels_are_rounded_to_the_nearest():
         128, 128]  # of 127.9 and 128.1
 
 
+def test_fresh_noise_is_drawn_at_every_step_unless_eta_is_zero():
+    for eta, draws in ((0.0, 2), (1.0, 2 + 3)):  # the start, each step, the history's
+        world, drawn = small_world(eta=eta, steps=3), []
+        frames, actions = small_episode(2)
+        world.reset(frames[:1])
+        noise = world.noise
+        world.noise = lambda B, T, noise=noise, drawn=drawn: (drawn.append(T), noise(B, T))[1]
+        world.step(actions[0])
+        assert drawn == [1] * draws
+
+
 def test_the_level_of_the_history_may_be_chosen():
     world = small_world(steps=4, history_level=20)
     passes = passes_of(world)

@@ -110,7 +110,7 @@ FAULTS = {
         ('nonlinearity="relu"', 'nonlinearity="linear"', "He's factor is missing"),
     ],
     ("sample.py", "full_window history_is samplers unknown_past guidance_applies earlier_window "
-                  "streaming_imag checkpoint_else joins_the actions_chosen without_data "
+                  "streaming_imag checkpoint_else joins_the actions_chosen unless_eta without_data "
                   "deviation"): [
         ("tokens=self.model.image_tokens(pixels[:, 0])",
          "tokens=self.model.image_tokens(pixels[:, -1])",

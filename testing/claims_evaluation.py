@@ -344,6 +344,19 @@ def test_a_variant_is_compared_with_the_baseline_seed_by_seed():
     assert ablations.compare(losses, "baseline", 2) == "1.50 ± 0.50 | "
 
 
+def test_words_move_the_arm_to_the_side_that_they_name():
+    settings = baselines.Settings(base=str(TINY_BASE), frames=3, seeds=2, out=str(folder()))
+    held_out = open_episodes("rt1", SAMPLES, "val").select(np.arange(4))
+
+    def obeys(frames, actions, captions):  # pictures as bright as the number of the first word
+        return np.zeros((4, 3, 8, 8, 3)) + captions[:, -1:, None, None, :1]
+
+    reader = SimpleNamespace(read=lambda frames: frames[:, 0, 0, :2])
+    with mock.patch.object(baselines, "imaginer", lambda *row: obeys):
+        line = baselines.language_line(settings, held_out, reader, np.eye(2, 3))
+    assert line.endswith("in 100 % of 8 pairs"), line  # "right" is the later word
+
+
 def test_a_variant_without_dropout_is_rolled_out_without_guidance():
     settings, asked = ablations.Settings(out=str(folder()), guidance=3.0), []
     tally = SimpleNamespace(sums={"psnr": np.array([20.0])}, episodes=1)
@@ -370,7 +383,12 @@ def test_lpips_is_the_squared_distance_of_features_and_the_baseline_repeats_the_
         dataset = DATA_SETS["bridge"]
 
     episodes = One([episode])
-    tally = evaluate.evaluate(world, episodes, 4, context_frames=2, networks={"lpips": network})
+    number = lambda pictures: torch.tensor(pictures.reshape(len(pictures), -1)[:, :1]).double()
+    tally = evaluate.evaluate(world, episodes, 4, context_frames=2, networks={
+        "lpips": network, "fid": number, "fvd": number})
+    seen = {name: (found.count, found.mean.item()) for name, found in tally.features.items()}
+    assert seen == {"fid, imagined": (2, 1), "fid, true": (2, 2), "fvd, imagined": (1, 1),
+                    "fvd, true": (1, 2)}
     # imagined: 1, 1; true: 2, 2; the last given: 1
     assert tally.sums["lpips"].tolist() == [3**2 + 2**2] * 2
     assert np.allclose(tally.sums["psnr of repeating"], 20 * np.log10(255))

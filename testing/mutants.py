@@ -352,7 +352,7 @@ FAULTS = {
         ("context, align_actions(actions), mask)", "context, actions, mask)",
          "actions are not aligned"),
     ],
-    ("evaluation/baselines.py", "row_of_the accuracy ways_to_steer"): [
+    ("evaluation/baselines.py", "row_of_the accuracy words_move"): [
         ("np.repeat(frames[:, :1], settings.frames, axis=1)",
          "np.repeat(frames[:, -1:], settings.frames, axis=1)", "repeating knows the last frame"),
         ("feature(PIXEL)[settings.frames - 1]", "feature(PIXEL)[0]",

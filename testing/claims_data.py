@@ -515,9 +515,10 @@ def test_a_folder_of_your_own_trains_rolls_out_and_plays():
     assert code == 0 and "data: folder" in output and "warning" not in output, output
     dataset = with_keys(open_episodes("folder", root).dataset, world.model)
     assert [key.label for key in dataset.keys.values()] == ["-up", "+up", "-across", "+across"]
-    keyboard = Keyboard(dataset)
-    keyboard.press(["ArrowRight"])
-    assert np.allclose(keyboard.take_action()[:2], mean[:2] + [2 * deviation[0], 0])
+    for key, sign in (("ArrowRight", 1), ("ArrowLeft", -1)):
+        keyboard = Keyboard(dataset)
+        keyboard.press([key])
+        assert np.allclose(keyboard.take_action()[:2], mean[:2] + [2 * sign * deviation[0], 0])
     # another frame rate is told, other actions are refused
     other = make_pictures([6] * 3, width=3, fps=9, names=["up", "across", "idle"])
     code, output = run_command(sample.main, "--checkpoint", out / "run", "--root", other, "--steps",

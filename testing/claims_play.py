@@ -6,15 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import data
-from data import SAMPLES, open_episodes
+from data import DATA_SETS, SAMPLES, open_episodes
 from play.server import PlayServer
+from play.session import Session
 from testing.player import Player, picture_of, play_server
 from testing.worlds import (small_world)
 
@@ -81,6 +85,20 @@ def test_a_player_goes_back_and_branches_off():
         player.command("reset")
         player.until("reset")
         player.leave()
+
+
+def test_play_keeps_no_more_than_a_window_and_an_animation_what_a_browser_shows():
+    world, episodes = small_world(), open_episodes("rt1", SAMPLES, "val")
+    session = Session(world, replace(DATA_SETS["rt1"], fps=100), episodes, threading.Lock())
+    session.begin()
+    for _ in range(6):
+        session.step(np.zeros(13, np.float32))
+    assert world.latents.shape[1] == world.model.num_frames == 4
+    session.played.clear()
+    for number in range(5):
+        frame = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        session.played.append((number, frame))
+    assert Image.open(BytesIO(session.gif())).n_frames == 3  # every second, 50 a second
 
 
 def test_malformed_requests_are_refused_and_harm_nobody():

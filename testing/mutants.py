@@ -424,7 +424,7 @@ FAULTS = {
         ("np.abs(np.subtract(bins, count)).argmin()", "np.abs(np.subtract(bins, -count)).argmin()",
          "the mouse turns the other way"),
     ],
-    ("play/session.py", "branches_off player_drives"): [
+    ("play/session.py", "play_keeps branches_off"): [
         ("self.world.restore(self.moments[number].window)", "pass",
          "going back shows a frame and stays in the later world"),
         ("gif_stride(self.dataset.fps)]", "1]", "an animation has frames that no browser shows"),
@@ -472,7 +472,7 @@ def first_failure(project: Path, tests: str) -> str | None:
     """The first test that fails there, of those whose names contain one of the words."""
     try:
         ran = subprocess.run([sys.executable, "-c", RUN, *tests.split()], cwd=project,
-                             capture_output=True, text=True, timeout=600)
+                             capture_output=True, text=True, timeout=240)
     except subprocess.TimeoutExpired:
         return "a test that hangs"
     failed = re.search(r"^FAILED: (.+) \.\.\. FAILED", ran.stderr, re.MULTILINE)

@@ -117,6 +117,7 @@ def write_wad(path: Path, text: str) -> None:
 
 
 def doom():
+    """The game's module. Raises RequestError where it is not installed."""
     try:
         import vizdoom
     except ImportError:

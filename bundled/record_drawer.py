@@ -71,7 +71,8 @@ DRAWER = slice(4, 7)  # the drawer's place in an observation
 
 
 def meta_world() -> tuple:
-    """MuJoCo, and Meta-World's environments and expert policies by task."""
+    """MuJoCo, and Meta-World's environments and expert policies by task. Raises RequestError where
+    they are not installed."""
     os.environ.setdefault("MUJOCO_GL", "osmesa")
     try:
         import mujoco
@@ -297,7 +298,11 @@ def record_file(name: str, record: Record, args: Settings, files: int, number: i
 
 
 def record_files(name: str, record: Record, simulator: Callable, args: Settings) -> None:
-    """All episodes, several files at a time, whose names begin with `name`."""
+    """All episodes, several files at a time.
+
+    name       how the files' names begin
+    simulator  imports it, or raises RequestError
+    """
     simulator()  # where it is missing, that is said here and not in a process of the pool
     Path(args.out).mkdir(parents=True, exist_ok=True)
     files = -(-args.episodes // args.per_file)

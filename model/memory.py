@@ -23,8 +23,9 @@ def frozen_to_bf16(model: Model) -> None:
 
 
 def encode_once(autoencoder: Autoencoder, most: int = 100_000) -> None:
-    """Keep what a frozen autoencoder makes of a frame, because training comes back to it: a seventh
-    of a small world's step. Frames are known by their pixels, up to `most` of them (1 GB)."""
+    """Encode a frame once: training meets it again and again, and the encoder is a seventh of a
+    small world's step. Keeps the moments of up to `most` frames (1 GB), found by their pixels.
+    The autoencoder must be frozen."""
     encode, known = autoencoder.moments, {}
 
     def moments(pixels: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, 2·C, h, w]

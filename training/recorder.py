@@ -127,7 +127,8 @@ class Recorder:
             print(f"see it: python sample.py --checkpoint {self.out} --guidance 2.0")
 
     def say_how_it_went(self) -> None:
-        """Whether the world follows its actions, and whether an earlier step was better."""
+        """Whether the world follows its actions: those of other clips raise its loss by more than
+        two standard errors. And whether an earlier step was better."""
         rows = [row for row in self.log.rows if "val" in row]
         if rows and "gap" in rows[-1] and self.model.config.unet.causal:
             gap, error = rows[-1]["gap"], rows[-1]["gap_error"]

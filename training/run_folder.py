@@ -49,7 +49,7 @@ class Log:
         gap = [(step, max(value, 0)) for step, value in self.measured("gap")]
         save_curves(self.picture, {f"training, mean of {size}": means,
                                    "held out": self.measured("val"),
-                                   "more with others' actions": gap}, "step")
+                                   "rise under other actions": gap}, "step")
 
 
 class Claim:

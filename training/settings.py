@@ -40,7 +40,7 @@ class Settings:
     lr: float = option(1e-5, "learning rate", least=1e-12, most=1000)
     cooldown: int = option(0, "steps at the end over which it falls to zero", least=0)
     bf16: bool | None = option(None, "compute in bfloat16; if left out, where it is quick",
-                                type=bool)
+                              type=bool)
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory")
     trainable: str = option("all", "parameters of the U-Net: all, and the resampler's, or those of "
                                    "temporal layers, action embedding and output",

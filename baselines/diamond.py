@@ -17,11 +17,13 @@ Two things keep a rollout from drifting away. In training a clip goes on from th
 predictions, as a rollout does. And the past frames are given with noise as well, whose level the
 network is told, so that it learns not to trust them to the last pixel.
 
-Sampling takes few Euler steps: one ("fast") or three ("hq"). At full size hq has an upsampler of
-ten steps besides; at 64×80 pixels there is nothing to upsample.
+Sampling takes few Euler steps: one ("fast") or three ("hq"). At full size an upsampler follows; at
+64×80 pixels there is nothing to upsample. The network, its start, the noise and the loss are those
+of the released code (eloialonso/diamond, branch csgo); its widths are smaller.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,9 +41,9 @@ STEPS = {"fast": 1, "hq": 3}
 @dataclass(frozen=True)
 class DiamondConfig:
     action_dim: int
-    size: tuple[int, int] = (64, 80)
-    channels: tuple[int, ...] = (32, 64, 128, 128)  # multiples of 32; 7.3 M parameters
-    attention: tuple[bool, ...] = (False, False, False, True)
+    size: tuple[int, int] = (64, 80)  # multiples of 2 ** (levels - 1)
+    channels: tuple[int, ...] = (32, 64, 96, 128)  # multiples of 32; 7.3 M parameters
+    attention: tuple[bool, ...] = (False, False, True, True)
     blocks: int = 2
     cond: int = 256  # width of the vector that actions and noise levels make
 
@@ -50,16 +52,21 @@ class DiamondConfig:
 # The network
 
 
+def groups(channels: int) -> int:
+    """Channels are normalised 32 at a time."""
+    return max(1, channels // 32)
+
+
 class AdaptiveNorm(nn.Module):
     """A GroupNorm whose scale and shift come from the conditions."""
 
     def __init__(self, channels: int, cond: int):
         super().__init__()
-        self.groups, self.linear = max(1, channels // 32), nn.Linear(cond, 2 * channels)
+        self.linear = nn.Linear(cond, 2 * channels)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         scale, shift = self.linear(cond)[:, :, None, None].chunk(2, dim=1)
-        return F.group_norm(x, self.groups) * (1 + scale) + shift
+        return F.group_norm(x, groups(x.shape[1])) * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -76,15 +83,17 @@ class Block(nn.Module):
             self.skip = nn.Conv2d(channels_in, channels, 1)
         self.heads = channels // 8 if attention else 0
         if attention:
-            self.norm, self.qkv = nn.GroupNorm(1, channels), nn.Conv2d(channels, 3 * channels, 1)
-            self.out = nn.Conv2d(channels, channels, 1)
+            self.norm = nn.GroupNorm(groups(channels), channels)
+            self.qkv, self.out = (nn.Conv2d(channels, n * channels, 1) for n in (3, 1))
             nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x, cond)))
         x = self.skip(x) + self.conv2(F.silu(self.norm2(h, cond)))
         if self.heads:
-            qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))
+            x = self.norm(x)  # and stays so: as published, the residual is the normalised one
+            qkv = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1))
             q, k, v = qkv.transpose(-1, -2).unbind(1)  # [B, heads, H·W, 8]
             attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
             x = x + self.out(attended.reshape(x.shape))
@@ -110,31 +119,32 @@ class Diamond(nn.Module):
         super().__init__()
         self.config, cond, widths = config, config.cond, config.channels
         self.noise, self.past_noise = Waves(cond), Waves(cond)
-        self.action = nn.Linear(config.action_dim, cond // PAST, bias=False)
+        # a row for each number of an action, as loud as the waves
+        self.action = nn.Parameter(torch.randn(config.action_dim, cond // PAST))
         self.mix = nn.Sequential(nn.Linear(cond, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.first = nn.Conv2d(3 * (PAST + 1), widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        channels, skips = widths[0], []
-        for level, (width, attention) in enumerate(zip(widths, config.attention, strict=True)):
-            blocks = nn.ModuleList()
-            for _ in range(config.blocks):
-                blocks.append(Block(channels, width, cond, attention))
-                channels = width
-                skips.append(width)
-            halve = level < len(widths) - 1
-            blocks.append(nn.Conv2d(width, width, 3, stride=2, padding=1) if halve
-                          else nn.Identity())
-            self.down.append(blocks)
-        self.middle = nn.ModuleList(Block(channels, channels, cond, True) for _ in range(2))
-        for level in reversed(range(len(widths))):
-            blocks = nn.ModuleList([nn.Conv2d(channels, channels, 3, padding=1)
-                                    if level < len(widths) - 1 else nn.Identity()])
-            for _ in range(config.blocks):
-                blocks.append(Block(channels + skips.pop(), widths[level], cond,
-                                    config.attention[level]))
-                channels = widths[level]
-            self.up.append(blocks)
-        self.norm, self.last = nn.GroupNorm(2, channels), nn.Conv2d(channels, 3, 3, padding=1)
+        above = widths[0]
+        for width, attention in zip(widths, config.attention, strict=True):
+            block = partial(Block, cond=cond, attention=attention)
+            halve, double = nn.Identity(), nn.Identity()
+            if self.down:  # not at the first level
+                halve = nn.Conv2d(above, above, 3, stride=2, padding=1)
+                nn.init.orthogonal_(halve.weight)
+            if len(self.down) < len(widths) - 1:
+                double = nn.Sequential(nn.Upsample(scale_factor=2),
+                                       nn.Conv2d(width, width, 3, padding=1))
+            same = range(config.blocks - 1)
+            self.down.append(nn.ModuleList([halve, block(above, width),
+                                            *(block(width, width) for _ in same)]))
+            # the way up takes the output of each block, the last one first, then their input
+            self.up.insert(0, nn.ModuleList([
+                double, *(block(2 * width, width) for _ in range(config.blocks)),
+                block(width + above, above)]))
+            above = width
+        self.middle = nn.ModuleList(Block(above, above, cond, True) for _ in range(2))
+        self.norm = nn.GroupNorm(groups(widths[0]), widths[0])
+        self.last = nn.Conv2d(widths[0], 3, 3, padding=1)
         nn.init.zeros_(self.last.weight)
 
     def forward(self, noisy: Tensor, sigma: Tensor, past: Tensor, past_sigma: Tensor,
@@ -146,19 +156,17 @@ class Diamond(nn.Module):
         c_in, c_skip, c_out = (c[:, None, None, None] for c in (
             1 / root, SIGMA_DATA**2 / root**2, total * SIGMA_DATA / root))
         cond = self.mix(self.noise(total.log() / 4) + self.past_noise(past_sigma.log() / 4)
-                        + self.action(actions).flatten(1))
+                        + (actions @ self.action).flatten(1))
         h = self.first(torch.cat([past.flatten(1, 2) / SIGMA_DATA, c_in * noisy], dim=1))
         skips = []
-        for *blocks, halve in self.down:
+        for halve, *blocks in self.down:
+            skips.append(h := halve(h))
             for block in blocks:
-                h = block(h, cond)
-                skips.append(h)
-            h = halve(h)
+                skips.append(h := block(h, cond))
         for block in self.middle:
             h = block(h, cond)
-        for after, *blocks in self.up:
-            if not isinstance(after, nn.Identity):
-                h = after(F.interpolate(h, scale_factor=2))
+        for double, *blocks in self.up:
+            h = double(h)
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), cond)
         return c_skip * noisy + c_out * self.last(F.silu(self.norm(h)))
@@ -176,8 +184,8 @@ def add_noise(frames: Tensor, sigma: Tensor) -> Tensor:
 
 
 def draw_sigma(n: int) -> Tensor:
-    """Noise levels of training: log-normal."""
-    return (1.2 * torch.randn(n) - 0.4).exp().clamp(2e-3, 20)
+    """Noise levels of training: log-normal, as published for CS:GO."""
+    return (1.2 * torch.randn(n) - 1.2).exp().clamp(2e-3, 20)
 
 
 def rounded(frames: Tensor) -> Tensor:
@@ -233,10 +241,10 @@ class DiamondWorld:
         # as published: noise of standard deviation 1, though the first level is 5
         x = torch.randn(B, 3, H, W, generator=self.generator)
         past_sigma = torch.full((B,), self.past_noise)
-        levels = noise_levels(self.steps)
+        levels, past = noise_levels(self.steps), self.past
         for sigma, smaller in zip(levels, levels[1:], strict=False):
-            noise = torch.randn(self.past.shape, generator=self.generator)
-            past = self.past + self.past_noise * noise
+            # as published: every step adds noise to the past, and is told of its own alone
+            past = past + self.past_noise * torch.randn(past.shape, generator=self.generator)
             clean = rounded(self.network(x, torch.full((B,), sigma), past, past_sigma, actions))
             x = x + (x - clean) / sigma * (smaller - sigma)  # Euler
         self.past = torch.cat([self.past[:, 1:], x[:, None]], dim=1)

@@ -412,9 +412,14 @@ FAULTS = {
          "the action after the frame is learned"),
         ("self.past = torch.cat([self.past[:, 1:], x[:, None]], dim=1)", "pass",
          "DIAMOND's past stands still"),
-        ("F.group_norm(x, self.groups) * (1 + scale) + shift", "F.group_norm(x, self.groups)",
+        ("F.group_norm(x, groups(x.shape[1])) * (1 + scale) + shift",
+         "F.group_norm(x, groups(x.shape[1]))",
          "neither actions nor levels reach a layer"),
-        ("1.2 * torch.randn(n) - 0.4", "1.2 * torch.randn(n) + 0.4", "the levels of training"),
+        ("x = self.norm(x)  #", "pass  #", "attention sees what is not normalised"),
+        ("max(1, channels // 32)", "max(1, channels // 16)", "other groups are normalised together"),
+        ("torch.cat([h, skips.pop()], dim=1), cond", "torch.cat([skips.pop(), h], dim=1), cond",
+         "what comes from below and the skip change places"),
+        ("1.2 * torch.randn(n) - 1.2", "1.2 * torch.randn(n) - 0.4", "the levels of training"),
     ],
     # --------------------------------------------------------------------------------------- play
     ("play/keys.py", "player_drives key_is folder_of_your_own 51_numbers"): [

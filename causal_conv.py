@@ -126,7 +126,7 @@ def demo() -> None:
     """The kernel (1, 2, 3) on the ramp x[t] = t, read off at t = 4."""
     ramp = torch.arange(8.0).view(1, 1, 8, 1, 1)
     kernel = torch.tensor([1.0, 2, 3]).view(1, 1, 3, 1, 1)
-    notes = {"shift": "one frame late: the centred output at t = 3",
+    notes = {"shift": "one frame late: off by the slope, 1, times Σw",
              "extrapolative": "exact on anything linear in time"}
 
     def output(weight: Tensor, causal: bool) -> float:

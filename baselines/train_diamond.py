@@ -51,8 +51,8 @@ def train(settings: Settings) -> None:
     kernels, others = [], []
     for p in network.parameters():
         (others if p.ndim == 1 or p is network.action else kernels).append(p)
-    optimizer = torch.optim.AdamW([{"params": kernels, "weight_decay": 1e-2},
-                                   {"params": others, "weight_decay": 0.0}], settings.lr, fused=True)
+    groups = [{"params": kernels, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, settings.lr, fused=True)
     clips = Clips(episodes, PAST + settings.ahead, config.size, settings.seed)
     numbers = (list(range(first, first + settings.batch))
                for first in range(0, 10**9, settings.batch))

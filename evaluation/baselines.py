@@ -7,6 +7,7 @@ clips, and imagines the same held-out episodes from their first frame:
     base                   the passive model: it cannot know what is done
     classifier guidance    the base, pulled by a classifier of actions (baselines/)
     ControlNet             the base, and a copy of its encoder that knows the actions
+    AVID                   the base, and a small network that corrects what it says (not in Table 1)
     action-conditioned     fine-tuned, actions in the embedding
     language-conditioned   fine-tuned, what happens in words
     Vid2World-NAR          the world model, all frames together
@@ -25,20 +26,20 @@ import numpy as np
 import torch
 
 import train
-from baselines import action_finetuning, classifier_guidance, controlnet, language_finetuning
+from baselines import (action_finetuning, avid, classifier_guidance, controlnet,
+                       language_finetuning)
 from baselines.clips import base_of, sample_clips
-from data import Episodes, open_episodes
-from evaluation.ablations import post_train
-from evaluation.controllability import (PIXEL, GripperReader, directions, recorded, train_reader)
-from evaluation.evaluate import rollout_batch, read_batches
-from evaluation.kept import decisive, kept
-from evaluation.metrics import ssim
+from data import open_episodes
+from evaluation.comparison import (HeldOut, TrainingSettings, decisive, kept, measure_all,
+                                   open_held_out, post_train, table)
+from evaluation.controllability import PIXEL, directions
+from evaluation.evaluate import read_batches, rollout_batch
 from model.saving import TINY_BASE, load_model, preset_of
 from model.vid2world import PRESETS, to_pixels
 from sample import load_world
 from support.errors import RequestError
 from support.options import option, program
-from support.pictures import psnr, save_strip
+from support.pictures import save_strip
 from training.settings import Settings as TrainSettings
 
 # one level a clip and no action hidden, weighted as the world is
@@ -47,6 +48,7 @@ WORLD = {"low_noise_prob": 0.6, "loss_weighting": "x0"}  # as the bundled world 
 RECIPES = {  # row -> what trains it, and with which settings; rows with one name share a run
     "classifier guidance": ("classifier", classifier_guidance.RECIPE, CLIPS),
     "ControlNet": ("controlnet", controlnet.RECIPE, CLIPS),
+    "AVID": ("avid", avid.RECIPE, CLIPS),
     "action-conditioned": ("action", action_finetuning.RECIPE, CLIPS),
     "language-conditioned": ("language", language_finetuning.recipe(), CLIPS),
     "Vid2World-NAR": ("world", train.WORLD, WORLD),
@@ -64,24 +66,15 @@ LEVELS = (0, 100, 250, 500, 750, 999)  # at which the classifier is asked
 
 
 @dataclass
-class Settings:
-    base: str | None = option(None, "passive model to start from; if left out, the bundled one")
-    data: str = option("rt1", "data set")
-    root: str | None = option(None, "its folder; if left out, the bundled episodes")
+class Settings(TrainingSettings):
     rows: list[str] | None = option(None, f"which: {', '.join(ROWS)}; if left out, all", nargs="+",
                                     metavar="NAME", type=str)
-    seeds: int = option(3, "runs of every row")
     steps: int = option(1000, "of training")
     cooldown: int = option(500, "as in train.py", least=0)
-    batch: int = option(4, "clips per step")
     frames: int = option(6, "frames per clip, in training and of an episode", least=2)
     val_clips: int = option(8, "held-out clips in a validation loss")
-    workers: int = option(0, "processes that decode frames", least=0)
-    bf16: bool = option(False, "train in bfloat16")
-    episodes: int = option(32, "held-out episodes to imagine")
     denoising_steps: int = option(10, "of every sampler")
     weight: float = option(1.0, "of the classifier's gradient", least=0)
-    quick: bool = option(False, "one seed and 10 steps: minutes, and not to be believed")
     out: str | None = option(None, "folder for runs and the table; if left out, runs/baselines, "
                                    "and for --quick runs/baselines_quick")
 
@@ -102,7 +95,7 @@ def run_of(row: str, seed: int, settings: Settings) -> Path:
     return Path(settings.out) / f"{RECIPES[row][0]}_{seed}"
 
 
-def imaginer(row: str, seed: int, settings: Settings, held_out: Episodes
+def imaginer(row: str, seed: int, settings: Settings, held_out: HeldOut
              ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
     """(frames, actions, captions) -> imagined clips, of a row that has been trained."""
     if row == "repeating":
@@ -111,7 +104,7 @@ def imaginer(row: str, seed: int, settings: Settings, held_out: Episodes
     if row == "base":
         chosen = TrainSettings(base=settings.base, preset=preset_of(settings.base),
                                size=list(PRESETS[preset_of(settings.base)].size))
-        model = base_of(chosen, held_out.dataset)
+        model = base_of(chosen, held_out.episodes.dataset)
         return lambda frames, actions, captions: sample_clips(model, frames, actions, **options)
     if row.startswith("Vid2World"):
         world = load_world(run_of(row, seed, settings), guidance=1.0,
@@ -125,19 +118,14 @@ def imaginer(row: str, seed: int, settings: Settings, held_out: Episodes
         model, frames, captions if row.startswith("language") else actions, steer=steer, **options)
 
 
-def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader: GripperReader
-            ) -> dict[str, float]:
+def measure(row: str, seed: int, settings: Settings, held_out: HeldOut) -> dict[str, float]:
     """PSNR, SSIM and the gripper's error of a row and seed, from its file or made now."""
     def make() -> dict[str, float]:
         if row in RECIPES:
             _, recipe, changes = RECIPES[row]
             post_train(run_of(row, seed, settings), changes, seed, settings, recipe)
-        truth, actions, captions = read_all(held_out, settings)
-        imagined = imaginer(row, seed, settings, held_out)(truth, actions, captions)
-        places = [episode.feature(PIXEL)[settings.frames - 1] for episode in held_out]
-        off = np.linalg.norm(reader.read(imagined[:, -1]) - places, axis=-1)
-        return {"psnr": psnr(imagined, truth)[:, 1:].mean(),
-                "ssim": ssim(imagined, truth)[:, 1:].mean(), "off": float(off.mean())}
+        imagine = imaginer(row, seed, settings, held_out)
+        return held_out.score(imagine(held_out.truth, held_out.actions, captions(held_out)))
 
     chosen = decisive(settings)
     if row != "classifier guidance":
@@ -145,26 +133,21 @@ def measure(row: str, seed: int, settings: Settings, held_out: Episodes, reader:
     return kept(Path(settings.out) / f"{row.replace(' ', '_')}_{seed}.json", chosen, make)
 
 
-def read_all(held_out: Episodes, settings: Settings
-             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frames [N, T, H, W, 3], and the actions [N, T - 1, A] and captions [N, T - 1, M] of the
-    motion."""
-    config = PRESETS[preset_of(settings.base)]
-    (truth, actions), (_, captions) = (
-        next(read_batches(each, settings.frames, len(each), config))
-        for each in (held_out, language_finetuning.CaptionedEpisodes(held_out)))
-    return truth, actions[:, :-1], captions[:, :-1]
+def captions(held_out: HeldOut) -> np.ndarray:
+    """The motions in words, [N, T - 1, M] numbers."""
+    T = held_out.truth.shape[1]
+    told = language_finetuning.CaptionedEpisodes(held_out.episodes)
+    return np.stack([told[i].open(0, T)[1][:-1] for i in range(len(told))])
 
 
-def save_example(settings: Settings, held_out: Episodes) -> Path:
+def save_example(settings: Settings, held_out: HeldOut) -> Path:
     """Every row's clip of one episode: that in which the gripper ends farthest from its start."""
-    T = settings.frames
-    paths = [held_out[i].feature(PIXEL)[:T] for i in range(len(held_out))]
-    farthest = np.argmax([np.linalg.norm(path[-1] - path[0]) for path in paths])
-    one = held_out.select(np.arange(len(held_out)) == farthest)
-    truth, actions, captions = read_all(one, settings)
-    rows = {"truth": truth[0]} | {
-        row: imaginer(row, 0, settings, one)(truth, actions, captions)[0] for row in settings.rows}
+    starts = np.stack([episode.feature(PIXEL)[0] for episode in held_out.episodes])
+    farthest = np.linalg.norm(held_out.places - starts, axis=-1).argmax()
+    one = slice(farthest, farthest + 1)
+    clip = held_out.truth[one], held_out.actions[one], captions(held_out)[one]
+    rows = {"truth": clip[0][0]} | {
+        row: imaginer(row, 0, settings, held_out)(*clip)[0] for row in settings.rows}
     save_strip(path := Path(settings.out) / "baselines.png", rows)
     return path
 
@@ -186,12 +169,12 @@ def named_right(model: classifier_guidance.ClassifiedModel, frames: np.ndarray,
     return (log_p.argmax(-1) == true).cpu().numpy()
 
 
-def classifier_lines(settings: Settings, held_out: Episodes) -> list[str]:
+def classifier_lines(settings: Settings, held_out: HeldOut) -> list[str]:
     """How often the classifiers name the right bin of a number that varies, by noise level."""
     row = "classifier guidance"
     models = [load_model(run_of(row, seed, settings), kind=RECIPES[row][1].model_class).eval()
               for seed in range(settings.seeds)]
-    (frames, actions), = read_batches(held_out, settings.frames, len(held_out),
+    (frames, actions), = read_batches(held_out.episodes, settings.frames, len(held_out.truth),
                                       PRESETS[preset_of(settings.base)])
     bins = classifier_guidance.bins_of(torch.from_numpy(actions)).flatten(0, 1)  # [N, A]
     varies = (bins != bins[0]).any(dim=0).numpy()
@@ -207,19 +190,17 @@ def classifier_lines(settings: Settings, held_out: Episodes) -> list[str]:
             f"| accuracy | {' | '.join(cells)} |"]
 
 
-def language_line(settings: Settings, held_out: Episodes, reader: GripperReader,
-                  axes: np.ndarray) -> str:
+def language_line(settings: Settings, held_out: HeldOut, axes: np.ndarray) -> str:
     """How often the arm ends further right when told "right" than when told "left"; axes from
     `directions`."""
-    (frames, _), = read_batches(held_out, 1, len(held_out), PRESETS[preset_of(settings.base)])
-    apart = []
+    frames, apart = held_out.truth[:, :1], []
     for seed in range(settings.seeds):
         make = imaginer("language-conditioned", seed, settings, held_out)
         ends = []
         for word in ("left", "right"):
             caption = np.tile(language_finetuning.word_numbers([word]),
                               (len(frames), settings.frames - 1, 1))
-            ends.append(reader.read(make(frames, caption, caption)[:, -1]) @ axes[:, 0])
+            ends.append(held_out.reader.read(make(frames, caption, caption)[:, -1]) @ axes[:, 0])
         apart.append(ends[1] - ends[0])
     return ('Told "right" and told "left", from the same frame, the language-conditioned arm ends '
             f"further right when told so in {100 * np.mean(np.array(apart) > 0):.0f} % of "
@@ -227,31 +208,21 @@ def language_line(settings: Settings, held_out: Episodes, reader: GripperReader,
 
 
 def run(settings: Settings) -> None:
-    held_out = open_episodes(settings.data, settings.root, "val", settings.frames)
-    held_out = held_out.select(np.arange(min(settings.episodes, len(held_out))))
-    training = open_episodes(settings.data, settings.root, "train")
-    reader = train_reader(training)
-    frames, places = recorded(held_out)
-    own = np.linalg.norm(reader.read(frames) - places, axis=1).mean()
-    lines = [f"{len(held_out)} episodes, {settings.frames} frames, {settings.steps} steps of "
-             f"{settings.batch} clips, {settings.denoising_steps} denoising steps; mean ± "
-             f"deviation of {settings.seeds} seeds; the reader is off by {own:.2f} pixels on "
-             "recorded frames",
-             "", "| | PSNR (dB) | SSIM | gripper off (pixels) | times the reader's own | published "
-             "(FVD / FID / SSIM / LPIPS / PSNR) |", f"|{' --- |' * 6}"]
-    for row in settings.rows:
-        runs = [measure(row, seed, settings, held_out, reader) for seed in range(settings.seeds)]
-        cells = [f"{np.mean([run[name] for run in runs]):.{digits}f} ± "
-                 f"{np.std([run[name] for run in runs]):.{digits}f}"
-                 for name, digits in (("psnr", 2), ("ssim", 3), ("off", 2))]
-        ratio = np.mean([run["off"] for run in runs]) / own
-        lines.append(f"| {row} | {' | '.join(cells)} | {ratio:.1f} | {PUBLISHED.get(row, '')} |")
-    lines += ["", "The published figures are of RT-1 at full size, 1024 episodes, 50 steps with "
-              "guidance; their baselines' FID was measured with an Inception that still learned."]
+    held_out = open_held_out(settings, settings.frames)
+    results = measure_all(settings.rows, settings.seeds,
+                          lambda row, seed: measure(row, seed, settings, held_out))
+    lines = [f"{len(held_out.truth)} episodes, {settings.frames} frames, {settings.steps} steps of "
+             f"{settings.batch} clips, {settings.denoising_steps} denoising steps; mean ± standard "
+             f"deviation of {settings.seeds} seeds; the reader is off by {held_out.reader_off:.2f} "
+             "pixels on recorded frames", "", *table(results, PUBLISHED), "",
+             "The published figures are of RT-1 at full size, 1024 episodes, 50 steps, Vid2World's "
+             "rows with guidance; the other rows' FID was measured with an Inception that still "
+             "learned."]
     if "classifier guidance" in settings.rows:
         lines += ["", *classifier_lines(settings, held_out)]
     if "language-conditioned" in settings.rows:
-        lines += ["", language_line(settings, held_out, reader, directions(training))]
+        axes = directions(open_episodes(settings.data, settings.root, "train"))
+        lines += ["", language_line(settings, held_out, axes)]
     print("\n" + "\n".join(lines))
     (Path(settings.out) / "baselines.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"one episode, as each imagines it: {save_example(settings, held_out)}")

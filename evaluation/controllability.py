@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from data import Episodes, open_episodes
 from evaluation.evaluate import WorldSettings, rollout_batch, open_held_out, read_batches
+from evaluation.intervals import bootstrap, mean_and_interval
 from evaluation.readers import Reader, fit
 from sample import WorldModel
 from support.errors import DataError
@@ -54,6 +55,14 @@ class GripperReader(Reader):
         x = 4 * torch.arange(w, device=where.device) + 2
         y = 4 * torch.arange(h, device=where.device) + 2
         return torch.stack([(where.sum(1) * x).sum(1), (where.sum(2) * y).sum(1)], dim=1)
+
+
+def has_gripper(episodes: Episodes) -> bool:
+    """Whether they say where it is, as the drawer's do and RT-1's do not."""
+    try:
+        return episodes.dataset.action_dim == WORLD_VECTOR.stop and len(episodes[0].feature(PIXEL))
+    except DataError:
+        return False
 
 
 def recorded(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
@@ -107,18 +116,6 @@ def follow(worlds: Sequence[WorldModel], reader: GripperReader, clips: np.ndarra
     return np.mean(errors, axis=0), np.mean(psnrs, axis=0)
 
 
-def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """The 95 % interval of the mean of values [N], by drawing episodes again."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), (2.5, 97.5))
-    return low, high
-
-
-def mean_and_interval(values: np.ndarray, sign: str = "") -> str:
-    low, high = bootstrap(values)
-    return f"{values.mean():{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
-
-
 def sweep(world: WorldModel, starts: np.ndarray, batch: int) -> dict[str, np.ndarray]:
     """From starts [N, 1, H, W, 3]: name -> uint8 [N, 1 + SWEEP_FRAMES, H, W, 3]."""
     swept = {}
@@ -156,7 +153,7 @@ def run(settings: Settings) -> None:
     world = settings.load_world()
     episodes = open_held_out(settings, world)
     training = open_episodes(settings.data, settings.root, "train")
-    if training.dataset.action_dim != WORLD_VECTOR.stop:
+    if not has_gripper(training):
         raise DataError(f"controllability is measured on the drawer's episodes; {settings.data} "
                         "does not say where the gripper is")
     reader = train_reader(training)
@@ -174,15 +171,16 @@ def run(settings: Settings) -> None:
           "the first row's | PSNR (dB) | less the first row's | error under shuffled actions | "
           f"PSNR | correct direction of the sweep (%) | {' | '.join(SWEEPS)} |\n"
           f"|{' --- |' * (9 + len(SWEEPS))}")
-    first = None
+    first, curves = None, {"gripper_error": {}, "psnr": {}}
     for low, high in settings.guidance_levels or [world.sampling.guidance_levels]:
-        errors = []
         for guidance in settings.guidance or [1.0, 2.0]:
             worlds = [WorldModel(world.model, guidance, (low, high), settings.steps, settings.eta,
                                  seed=settings.seed + i) for i in range(settings.seeds)]
             own = follow(worlds, reader, clips, actions, truth, settings.batch)
             first = first or own
-            errors.append((guidance, own[0].mean()))
+            for curve, ours in zip(curves.values(), own, strict=True):
+                point = guidance, ours.mean(), *bootstrap(ours)
+                curve.setdefault(f"levels {low} to {high}", []).append(point)
             cells = [f"{guidance:g}", f"{low}–{high}"]
             for ours, theirs in zip(own, first, strict=True):
                 less = mean_and_interval(ours - theirs, "+") if own is not first else ""
@@ -197,8 +195,9 @@ def run(settings: Settings) -> None:
                 cells += [f"{figure.mean():.2f}" for figure in others]
                 cells += [f"{np.mean(right):.1f}"] + [f"{r:.0f}" for r in right]
             print(f"| {' | '.join(cells)} |", flush=True)
-        save_curves(out / f"guidance_{low}_{high}.png", {"gripper error, pixels": errors},
-                    "guidance")
+    for name, curve in curves.items():  # the paper's Figure 8
+        lowest = min(point[2] for points in curve.values() for point in points)
+        save_curves(out / f"guidance_{name}.png", curve, "guidance", least=np.floor(lowest))
     print(f"\npictures: {out}")
 
 

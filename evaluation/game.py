@@ -10,6 +10,7 @@ ones:
     walls         24 frames straight on: does the player come to a stop?
     return        72 frames of 5 degrees each: is the first frame back? It left the window long ago,
                   so this asks whether the network knows the hall by heart.
+    holds         a strip of 100 frames, a key or a turn held for ten at a time
 
 for the world model, for DIAMOND where a checkpoint is named, and for repeating the last given
 frame.
@@ -31,6 +32,7 @@ from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from episodes.csgo import csgo_action
 from evaluation.evaluate import (RepeatLastFrame, WorldSettings, open_held_out, read_batches,
                                  rollout_batch)
+from evaluation.intervals import deviation
 from evaluation.metrics import ssim
 from evaluation.readers import FrameReader, fit
 from model.saving import save
@@ -41,6 +43,8 @@ from support.pictures import psnr, save_strip
 
 POSE = "steps/observation/pose"  # x and y in map units, and the direction in degrees
 GIVEN, SHORT, LONG = 4, 12, 60  # frames given, and imagined
+HOLDS = ((["w"], 0), ([], 60), (["w"], 0), (["a"], 0), ([], -60),  # keys and mouse, for ten frames
+         (["s"], 0), (["d"], 0), ([], 60), ([], 60), (["w"], 0))  # each
 UNITS = 256.0  # half a side of the hall
 
 
@@ -99,12 +103,12 @@ class InitialStates:
 
 def rollout_action(world: object, starts: InitialStates, batch: int,
                    action: np.ndarray | None = None, new: int = LONG) -> np.ndarray:
-    """All starts under their recorded actions, or one repeated: uint8 [N, GIVEN + new, 64, 80, 3],
-    the given frames included."""
+    """All starts under their recorded actions, or one repeated, or others [new, 51]: uint8
+    [N, GIVEN + new, 64, 80, 3], the given frames included."""
     actions = starts.actions[:, : GIVEN + new - 1].copy()
     if action is not None:
         known = starts.actions[:, : GIVEN - 1]
-        repeated = np.broadcast_to(action, (len(known), new, len(action)))
+        repeated = np.broadcast_to(action, (len(known), new, action.shape[-1]))
         actions = np.concatenate([known, repeated], axis=1)
     return rollout_batch(world, starts.frames[:, :GIVEN], actions, GIVEN, batch=batch)
 
@@ -196,7 +200,7 @@ def mean_and_spread(runs: list[dict[str, float]]) -> dict[str, float]:
     """The means over seeds and, of the first figure, the standard deviation."""
     means = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
     first = next(iter(means))
-    spread = float(np.std([run[first] for run in runs]))
+    spread = deviation([run[first] for run in runs])
     return {first: means.pop(first), "± of seeds": spread} | means
 
 
@@ -218,7 +222,8 @@ def run(settings: Settings) -> None:
           f"{np.median(abs(turned)):.1f} degrees (medians) on {len(held_out)} held-out episodes; "
           f"{world.sampling}", flush=True)
 
-    short, long, repeated = {}, {}, {}
+    short, long, repeated, pictures = {}, {}, {}, {"truth": frames[0, GIVEN - 1 :]}
+    first = InitialStates(frames[:1], actions[:1], poses[:1])
     for name, make in contenders(settings, world).items():
         runs = [follow(make(seed), starts, reader, settings.batch, SHORT)
                 for seed in range(settings.seeds)]
@@ -227,10 +232,13 @@ def run(settings: Settings) -> None:
         if not settings.quick:
             long[name] = follow(make(0), starts, reader, settings.batch, LONG)
             repeated[name] = follow_repeated(make(0), starts, reader, settings.batch)
-            first = InitialStates(frames[:1], actions[:1], poses[:1])
-            shown = {"truth": frames[0], name: rollout_action(make(0), first, batch=1)[0]}
-            save_strip(out / f"{name.replace(', ', '_')}.png",
-                       {label: clip[GIVEN - 1 :: 5] for label, clip in shown.items()}, columns=12)
+            pictures[name] = rollout_action(make(0), first, batch=1)[0, GIVEN - 1 :]
+            holds = np.repeat([csgo_action(keys, x=x) for keys, x in HOLDS], 10, axis=0)
+            clip = rollout_action(make(0), first, 1, holds, len(holds))[0, GIVEN - 1 :]
+            save_strip(out / f"{name.replace(', ', '_')}_holds.png", {name: clip[::5]}, columns=11)
+    if not settings.quick:
+        save_strip(out / "side_by_side.png",
+                   {name: clip[::5] for name, clip in pictures.items()}, columns=13)
     lines = [f"{len(held_out)} held-out episodes, {GIVEN} frames given; {world.sampling}"]
     for title, rows in ((f"{SHORT} frames of recorded actions, {settings.seeds} seeds", short),
                         (f"{LONG} frames of recorded actions", long),

@@ -40,7 +40,8 @@ class MetricError(UserError):
 
 def ssim(frames: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Structural similarity, at most 1 (Wang et al. 2004): Gaussian windows of 11×11, σ = 1.5, mean
-    over windows and colours.
+    over colours and over the windows that lie inside. The baselines' published figures pad at the
+    edge instead: 0.731 where this says 0.751, on the same small pictures.
 
     Raises ValueError for frames smaller than a window.
     """

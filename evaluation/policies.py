@@ -35,6 +35,7 @@ from tqdm import tqdm
 from data import SAMPLES, fit_frames, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from evaluation.evaluate import RepeatLastFrame, WorldSettings
+from evaluation.intervals import wilson
 from evaluation.readers import FrameReader
 from model.saving import CHECKPOINTS, TINY_WORLD, checkpoint_file
 from model.vid2world import Model, ModelConfig
@@ -119,14 +120,6 @@ def rollout_policy(world: WorldModel, policy: Policy, starts: np.ndarray, shuffl
     return np.stack(frames, axis=1)
 
 
-def interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a rate."""
-    rate = successes / n
-    middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
     """Correlation; nan where one side never varies."""
     if np.std(x) == 0 or np.std(y) == 0:
@@ -135,8 +128,9 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def mmrv(true: np.ndarray, imagined: np.ndarray) -> float:
-    """Mean maximum rank violation of success rates [N], 0 where the order is the same."""
-    violated = (true[:, None] < true) != (imagined[:, None] < imagined)
+    """Mean maximum rank violation of success rates [N], 0 where the order is the same. Ties count
+    as in SIMPLER's code: against the better one alone."""
+    violated = (true[:, None] > true) != (imagined[:, None] > imagined)
     return float((np.abs(true[:, None] - true) * violated).max(axis=1).mean())
 
 
@@ -301,7 +295,7 @@ def run(settings: Settings) -> None:
     policies, verifier = open_policies(settings)
     starts, true = read_starts(settings, model.config)
     judgement = Judgement(settings, verifier, starts)
-    agreement = ["| world | Pearson r | MMRV | largest difference (points) |",
+    agreement = ["| world | Pearson r | MMRV | largest difference (points), 95 % over starts |",
                  "| --- | --- | --- | --- |"]
     for trial in trials(model, settings):
         print(f"\n{trial.title}: {len(starts)} starts, {settings.horizon} frames\n\n" + HEAD)
@@ -324,7 +318,7 @@ def run(settings: Settings) -> None:
 def say_successes(name: str, successes: np.ndarray, true: np.ndarray | None) -> str:
     """A row of the table."""
     def rate(outcomes: np.ndarray) -> list[str]:
-        low, high = interval(int(outcomes.sum()), len(outcomes))
+        low, high = wilson(int(outcomes.sum()), len(outcomes))
         return [f"{100 * outcomes.mean():.0f} %", f"{100 * low:.0f}–{100 * high:.0f}"]
 
     cells = [name, *rate(successes)]
@@ -341,13 +335,26 @@ def file_name(title: str) -> str:
 def compare(title: str, rates: dict[str, np.ndarray], true: dict[str, np.ndarray], out: Path
             ) -> str:
     """A row of Pearson r and MMRV over the policies whose true rates are known, and the plot."""
-    ours, theirs = (np.array([side[name].mean() for name in true]) for side in (rates, true))
-    points = {name: (theirs[i], ours[i], *interval(int(rates[name].sum()), len(rates[name])))
+    ours, theirs = (np.array([side[name] for name in true]) for side in (rates, true))
+    points = {name: (theirs[i].mean(), ours[i].mean(),
+                     *wilson(int(rates[name].sum()), len(rates[name])))
               for i, name in enumerate(true)}
     save_scatter(out / f"figure4_{file_name(title)}.png", points, "success in the simulator",
                  "success in the model")
-    return (f"| {title} | {pearson(ours, theirs):.3f} | {mmrv(theirs, ours):.3f} | "
-            f"{100 * np.abs(ours - theirs).max():.0f} |")
+    n = ours.shape[1]
+    drawn = [agree(ours[:, picked], theirs[:, picked])
+             for picked in np.random.default_rng(0).integers(n, size=(2000, n))]
+    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
+    cells = [f"{value:.{digits}f} ({low[i]:.{digits}f} to {high[i]:.{digits}f})"
+             for i, (value, digits) in enumerate(zip(agree(ours, theirs), (2, 2, 0), strict=True))]
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def agree(imagined: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
+    """Pearson r, MMRV and the largest difference (points) of the success rates of outcomes
+    [policies, starts]."""
+    ours, theirs = imagined.mean(axis=1), true.mean(axis=1)
+    return pearson(ours, theirs), mmrv(theirs, ours), 100 * np.abs(ours - theirs).max()
 
 
 main = program(__name__, "policies", run, Settings, "Judge policies in the imagined world.")

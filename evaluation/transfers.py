@@ -2,20 +2,32 @@
 
 Making a pretrained network causal takes knowledge away from it: how much, before any training? The
 same held-out clips, noised at one shared level, go through the passive base and through its causal
-versions; the distance of their velocities, relative to the base's, says how far the network was
-thrown from what it had learned.
+versions. Two figures say how far a network was thrown from what it had learned:
 
-How well they learn afterwards is measured by evaluation/ablations.py.
+    distance   of its velocities from the base's, relative to their size
+    features   cosine of the two outputs of the first temporal convolution (the paper's D.11)
+
+With `--trained runs/ablations/*_0` the same of networks that were trained on.
+
+The theory (A.1 to A.3) is about features that are linear in time: there extrapolative transfer is
+exact, and shift is off by the slope times Σw (`python causal_conv.py`). How linear are those of
+this base? Printed is how far a frame's features are from the line through the two before, and from
+zero, which masked transfer puts in their place. How well all of them learn afterwards is measured
+by evaluation/ablations.py.
 """
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from causal_conv import TRANSFER_METHODS
+from causal_conv import TRANSFER_METHODS, TemporalConv
 from data import Clips, collate, open_episodes, require_clips
-from model.saving import TINY_BASE, from_dynamicrafter, preset_of
+from evaluation.comparison import StartSettings
+from model.saving import TINY_BASE, from_dynamicrafter, load_model, preset_of
 from model.vid2world import PRESETS, Model, to_pixels
 from support.options import option, program
 from support.pictures import save_curves
@@ -24,68 +36,87 @@ from temporal.norm import CAUSAL_SCOPES
 LEVELS = (100, 300, 500, 700, 900)
 
 
+@dataclass
+class Seen:
+    """What a network does with clips."""
+    velocities: Tensor  # [levels, B, T, C, h, w]
+    inputs: Tensor  # [levels, B, C, T, h, w], of the first temporal convolution
+    features: Tensor  # its outputs
+
+
 @torch.inference_mode()
-def velocities(model: Model, frames: torch.Tensor) -> torch.Tensor:
-    """The velocities of clips uint8 [B, T, H, W, 3], [levels, B, T, C, h, w]."""
+def look(model: Model, frames: Tensor) -> Seen:
+    """Clips uint8 [B, T, H, W, 3] at every level, under no action."""
     pixels = to_pixels(frames)
     latents = model.encode(pixels)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     context = model.context(model.image_tokens(pixels[:, 0]), range(frames.shape[1]))
-    return torch.stack([
-        model.denoise(model.schedule.add_noise(latents, k, noise), torch.full((len(frames),), k),
-                      latents[:, :1], context)
-        for k in LEVELS])
+    first = next(layer for layer in model.modules() if isinstance(layer, TemporalConv))
+    seen, velocities = [], []
+    hook = first.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+    for k in LEVELS:
+        x = model.schedule.add_noise(latents, k, noise)
+        levels = torch.full((len(frames),), k)
+        velocities.append(model.denoise(x, levels, latents[:, :1], context))
+    hook.remove()
+    return Seen(torch.stack(velocities), *map(torch.stack, zip(*seen, strict=True)))
 
 
-def distances(base: Path, clips: Clips, number: int) -> dict[str, np.ndarray]:
-    """Relative distance from the passive velocity, by frame, for every transfer and scope."""
-    config = PRESETS[preset_of(base)]
-    frames = require_clips(collate([clips[i] for i in range(number)]))["frames"]
-    passive = velocities(from_dynamicrafter(base, config).eval(), frames)
-    size = passive.square().sum((0, 1, 3, 4, 5))  # of every frame
-    result = {}
-    for scope in CAUSAL_SCOPES:
-        for transfer in TRANSFER_METHODS:
-            unet = replace(config.unet, causal=True, norm_scope=scope)
-            causal = from_dynamicrafter(base, replace(config, unet=unet), transfer)
-            off = (velocities(causal.eval(), frames) - passive).square().sum((0, 1, 3, 4, 5))
-            result[f"{transfer}, {scope}"] = (off / size).sqrt().numpy()
-    return result
+def compare(passive: Seen, causal: Seen) -> tuple[np.ndarray, float]:
+    """Relative distance of the velocities by frame [T], and the mean cosine of the features."""
+    off, size = ((v**2).sum((0, 1, 3, 4, 5)) for v in (
+        causal.velocities - passive.velocities, passive.velocities))
+    cosine = F.cosine_similarity(causal.features, passive.features, dim=2).mean()
+    return (off / size).sqrt().numpy(), cosine.item()
 
 
-@dataclass
-class StartSettings:
-    """What a comparison of trained models starts from."""
-    base: str | None = option(None, "passive model to start from; if left out, the bundled one")
-    data: str = option("rt1", "data set")
-    root: str | None = option(None, "its folder; if left out, datasets/ or else the bundled "
-                                    "episodes")
+def from_line_and_from_zero(x: Tensor) -> tuple[float, float]:
+    """Distance of features x [levels, B, C, T, h, w] from the line through the two frames before,
+    and from zero."""
+    line = 2 * x[:, :, :, 1:-1] - x[:, :, :, :-2]
+    return (x[:, :, :, 2:] - line).norm().item(), x[:, :, :, 2:].norm().item()
 
 
 @dataclass
 class Settings(StartSettings):
     clips: int = option(16, "held-out clips")
     frames: int = option(16, "frames per clip")
+    trained: list[str] | None = option(None, "run folders, to be compared as well", nargs="+")
     out: str = option("evaluations/transfers", "folder for the plot")
 
 
 def run(settings: Settings) -> None:
     base = Path(settings.base or TINY_BASE)
-    size = PRESETS[preset_of(base)].size
+    config = PRESETS[preset_of(base)]
     held_out = open_episodes(settings.data, settings.root, "val", min_length=settings.frames)
-    table = distances(base, Clips(held_out, settings.frames, size, seed=0), settings.clips)
-    shown = [0, 1, settings.frames // 2 - 1, settings.frames - 1]
+    clips = Clips(held_out, settings.frames, config.size, seed=0)
+    frames = require_clips(collate([clips[i] for i in range(settings.clips)]))["frames"]
+    passive = look(from_dynamicrafter(base, config).eval(), frames)
+
+    def versions() -> Iterator[tuple[str, Model]]:
+        for scope in CAUSAL_SCOPES:
+            for transfer in TRANSFER_METHODS:
+                unet = replace(config.unet, causal=True, norm_scope=scope)
+                yield (f"{transfer}, {scope}",
+                       from_dynamicrafter(base, replace(config, unet=unet), transfer))
+        for folder in settings.trained or []:
+            yield Path(folder).name, load_model(folder)
+
+    shown, curves = [0, 1, settings.frames // 2 - 1, settings.frames - 1], {}
     heads = " | ".join(map(str, shown[1:]))
-    print(f"\n| transfer, norm scope | distance from the passive velocity | at frame 0 | {heads} "
-          "|\n"
-          "| --- | --- | --- | --- | --- | --- |")
-    for name, row in table.items():
+    print(f"\n| transfer, norm scope | features | distance of velocities | at frame 0 | {heads} |\n"
+          f"|{' --- |' * 7}")
+    for name, model in versions():
+        row, cosine = compare(passive, look(model.eval(), frames))
+        curves[name] = list(enumerate(row))
         cells = " | ".join(f"{row[t]:.3f}" for t in shown)
-        print(f"| {name} | **{np.sqrt(np.mean(row**2)):.3f}** | {cells} |")
+        print(f"| {name} | {cosine:.3f} | {np.sqrt(np.mean(row**2)):.3f} | {cells} |", flush=True)
+    line, zero = from_line_and_from_zero(passive.inputs)
+    print(f"\nthe features of a frame are {line / zero:.2f} times as far from the line through the "
+          "two before as from zero")
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
-    save_curves(out / "distance.png", {name: list(enumerate(row)) for name, row in table.items()},
-                "frame")
-    print(f"\nplot: {out}/distance.png")
+    save_curves(out / "distance.png", curves, "frame")
+    print(f"plot: {out}/distance.png")
 
 
 main = program(__name__, "transfers", run, Settings, "Compare transfers and norm scopes.")

@@ -92,30 +92,36 @@ def gif_duration(fps: float) -> int:
     return max(20, 10 * round(100 * gif_stride(fps) / fps))
 
 
-def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, float]]],
-                x_label: str) -> None:
-    """Lines through (x, y) points on shared axes from zero, one colour per entry."""
+def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, ...]]],
+                x_label: str, least: float = 0) -> None:
+    """Lines through points (x, y), or (x, y, lowest y, highest y), on shared axes, one colour per
+    entry; y begins at `least`."""
     curves = {label: points for label, points in curves.items() if len(points)}
     width, height, left, top, right, bottom = 900, 400, 60, 20, 210, 40
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    x_max = max([x for points in curves.values() for x, _ in points], default=1) or 1
-    y_max = max([y for points in curves.values() for _, y in points], default=1) * 1.05 or 1
+    x_max = max([point[0] for points in curves.values() for point in points], default=1) or 1
+    y_max = max([max(point[1:]) for points in curves.values() for point in points], default=1)
+    y_range = 1.05 * (y_max - least) or 1
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across, up = x / x_max * (width - left - right), y / y_max * (height - top - bottom)
-        return left + across, height - bottom - up
+        across, up = x / x_max, (y - least) / y_range
+        return (left + across * (width - left - right),
+                height - bottom - up * (height - top - bottom))
 
     for i in range(6):
-        x, y = x_max * i / 5, y_max * i / 5
+        x, y = x_max * i / 5, least + y_range * i / 5
         draw.line([place(0, y), place(x_max, y)], fill=FAINT)
         draw.text((8, place(0, y)[1] - 6), f"{y:.3g}", fill=INK)
-        draw.text((place(x, 0)[0] - 8, height - bottom + 6), f"{x:.4g}", fill=INK)
+        draw.text((place(x, least)[0] - 8, height - bottom + 6), f"{x:.4g}", fill=INK)
     draw.text(((width + left - right) // 2, height - 16), x_label, fill=INK)
     for i, (label, points) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         if len(points) > 1:
-            draw.line([place(x, y) for x, y in points], fill=colour, width=2)
+            draw.line([place(*point[:2]) for point in points], fill=colour, width=2)
+        for x, _, *interval in points:
+            if interval:
+                draw.line([place(x, y) for y in interval], fill=colour)
         draw.text((width - right + 10, top + 14 * i), label, fill=colour)
     image.save(path)
 

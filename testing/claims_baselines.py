@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from action_guidance import action_embedding
-from baselines import (action_finetuning, classifier_guidance, clips, controlnet, diamond,
+from baselines import (action_finetuning, avid, classifier_guidance, clips, controlnet, diamond,
                        language_finetuning, train_diamond)
 from data import DATA_SETS, SAMPLES, Clips, collate, fit_frames, open_episodes
 from diffusion_forcing import NoiseSchedule
@@ -29,13 +29,13 @@ from dynamicrafter.layers import sinusoidal_embedding
 from episodes import csgo
 from episodes.csgo import csgo_action
 from episodes.tfrecord import (encode_example, write_records)
-from evaluation import (baselines, contact, evaluate, game, metrics, plan, policies)
+from evaluation import (baselines, comparison, contact, evaluate, game, metrics, policies)
 from model import device
 from model.memory import frozen_to_bf16
 from model.saving import (TINY_BASE, TINY_WORLD, frozen_weights, load_model, save, trained_weights)
 from model.vid2world import PRESETS, Model, to_frames
 from support.errors import CheckpointError, DataError, RequestError
-from testing import full_size
+from testing import full_size, plan
 from testing.commands import folder, raises, refused, run_command
 from testing.episodes import encode_jpeg, make_episode, make_rt1
 from testing.golden import (error_of)
@@ -263,9 +263,14 @@ def test_rank_violations_are_those_of_the_published_example():
     assert round(policies.pearson(true, imagined), 3) == 0.771
     assert round(policies.mmrv(true, imagined), 3) == 0.123
     assert policies.mmrv(true, true) == 0 and np.isnan(policies.pearson(true, 0 * true))
-    low, high = policies.interval(45, 50)
-    assert abs(low - 0.786) < 2e-3 and abs(high - 0.957) < 2e-3  # Wilson's, as in tables
-    assert policies.interval(0, 10)[0] == 0 and policies.interval(10, 10)[1] == 1
+    tied = policies.mmrv(np.array([0, 0, 1]), np.ones(3))  # as SIMPLER's code counts
+    assert abs(tied - 1 / 3) < 1e-9
+    outcomes = {"a": np.arange(50) < 5, "b": np.arange(50) < 40, "c": np.arange(50) < 50}
+    cells = policies.compare("a world", outcomes, outcomes, folder()).split(" | ")
+    assert cells[1:] == ["1.00 (1.00 to 1.00)", "0.00 (0.00 to 0.00)", "0 (0 to 0) |"], cells
+    fewer = outcomes | {"b": np.arange(50) < 30}  # and so 20 points off, give or take ten
+    off = policies.compare("a world", fewer, outcomes, folder()).split(" | ")[3]
+    assert re.fullmatch(r"20 \((8|10|12) to (28|30|32)\) \|", off), off
 
 
 def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_action():
@@ -346,6 +351,7 @@ def clip_baselines() -> tuple[np.ndarray, np.ndarray, Model, dict[str, tuple]]:
     episodes = open_episodes("rt1", SAMPLES, "val")
     frames, actions = episodes[0].read(0, 4)
     recipes = {"action": action_finetuning.RECIPE, "controlnet": controlnet.RECIPE,
+               "avid": avid.RECIPE,
                "classifier": classifier_guidance.RECIPE, "language": language_finetuning.recipe()}
     built = {name: (recipe, recipe.build(settings, episodes.dataset))
              for name, recipe in recipes.items()}
@@ -365,7 +371,9 @@ def test_baselines_start_exactly_as_the_base_and_follow_actions_once_they_have_l
     assert not np.array_equal(steered, unsteered)
     for layer in built["controlnet"][1].unet.copy.zero_convs:
         nn.init.normal_(layer.weight, std=0.1)
-    for name in ("action", "controlnet"):
+    for parameter in built["avid"][1].unet.adapter.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    for name in ("action", "avid", "controlnet"):
         one, other = (clips.sample_clips(built[name][1], frames, sign * actions, steps=2)
                       for sign in (1, -1))
         assert not np.array_equal(one, other), name
@@ -451,6 +459,23 @@ def test_what_the_copy_makes_is_added_to_the_skips_and_to_the_middle():
         nn.init.zeros_(conv.bias)
 
 
+def test_an_adapter_is_believed_where_its_mask_says_so():
+    _, _, base, built = clip_baselines()
+    unet, passive = built["avid"][1].eval().unet, base.unet.eval()
+    x, k, actions = torch.randn(1, 2, 8, 16, 20), torch.full((1, 2), 500), torch.randn(1, 2, 13)
+    text, image, seen = torch.zeros(1, 1, 64), torch.randn(1, 2, 4, 64), []
+    unet.adapter.input_blocks[0][0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    last = unet.adapter.out[-1]
+    with torch.no_grad():
+        theirs = passive(x, k, text, image)
+        ours = unet(x, k, text, image, actions=actions)
+        answer = 2 * ours - theirs  # the mask begins at a half
+        assert answer.std() > 0.05 and error_of(seen[0][0][:, 8:], theirs[0]) < 1e-5
+        for logit, wanted in ((20.0, theirs), (-20.0, answer)):
+            last.bias[4] = logit
+            assert error_of(unet(x, k, text, image, actions=actions), wanted) < 1e-5
+
+
 def test_the_classifiers_accuracy_is_the_share_of_right_bins():
     model = clip_baselines()[3]["classifier"][1]
     clip, actions = (torch.rand(1, 5, 64, 80, 3) * 255).byte().numpy(), np.zeros((1, 5, 13))
@@ -470,7 +495,8 @@ def test_gradients_reach_what_a_baseline_trains_and_nothing_else():
     settings = replace(train.parse_arguments(["--data", "rt1"]), shared_level=True,
                        action_dropout=0.0)
     learns = {"action": ("unet.", "resampler."), "controlnet": ("unet.copy.",),
-              "classifier": ("unet.classifier.",), "language": ("unet.", "resampler.", "words.")}
+              "avid": ("unet.adapter.",), "classifier": ("unet.classifier.",),
+              "language": ("unet.", "resampler.", "words.")}
     for name, (recipe, model) in built.items():
         loss = (recipe.loss or train.PostTraining)(model, False)
         train.batch_loss(loss, model, said if name == "language" else batch, settings).backward()
@@ -479,7 +505,7 @@ def test_gradients_reach_what_a_baseline_trains_and_nothing_else():
         assert reached <= wanted and all(key.startswith(learns[name]) for key in wanted), name
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
-        if name in ("controlnet", "classifier"):  # every weight of the base is untouched
+        if name in ("avid", "controlnet", "classifier"):  # every weight of the base is untouched
             theirs = dict(base.unet.named_parameters())
             assert all(torch.equal(p, theirs[key]) for key, p in model.unet.named_parameters()
                        if key in theirs), name
@@ -705,18 +731,18 @@ def test_a_large_checkpoint_is_written_in_pieces_and_read():
 def test_the_ways_to_steer_are_compared():
     words = ["--quick", "--out", out := folder() / "table", "--frames", 4, "--rows", "base",
              "classifier guidance", "language-conditioned", "Vid2World-NAR"]
-    before, controllability_steps = dict(baselines.RECIPES), baselines.train_reader
-    baselines.train_reader = partial(controllability_steps, steps=2, size=2)
+    before, train_reader = dict(baselines.RECIPES), comparison.train_reader
+    comparison.train_reader = partial(train_reader, steps=2, size=2)
     try:
         code, printed = run_command(baselines.main, *words)
         again = run_command(baselines.main, *words)[1]  # what is done is not done again
         refused(baselines.main, "--rows", "classifier guidance", "--frames", 4, "--out", out,
                 saying="has steps 10, and here it is 1000")
     finally:
-        baselines.train_reader = controllability_steps
+        comparison.train_reader = train_reader
     assert code == 0 and before == baselines.RECIPES, printed
     assert "| accuracy |" in printed and re.search(r"told so in \d+ % of 2 pairs", printed), printed
-    rows = [line for line in printed.splitlines() if line.count("±") == 3]
+    rows = re.findall(r"^\| [\w-]+(?: \w+)? \| [\d.]+ \| 0.\d+ \| [\d.]+ \|", printed, re.M)
     assert len(rows) == 4 and again.endswith(printed[printed.rindex("| base"):]), printed
     assert Image.open(out / "baselines.png").height == 5 * (128 + 28)  # the truth and four rows
     refused(baselines.main, "--rows", "magic", saying="there is no row 'magic'")

@@ -21,11 +21,12 @@ from bundled.bundle_checkpoint import bundle_base, bundle_world
 from bundled.tune_decoder import tune_decoder
 from data import DATA_SETS, SAMPLES, open_episodes
 from dynamicrafter.checkpoint import read_checkpoint
-from evaluation import (ablations, baselines, causality, contact, controllability, evaluate,
-                        game, metrics, policies, speed, transfers)
+from evaluation import (ablations, baselines, causality, comparison, contact, controllability,
+                        evaluate, futures, game, intervals, metrics, policies, speed, transfers)
 from model.saving import (ARENA_WORLD, TINY_BASE, TINY_WORLD, from_dynamicrafter, load_model)
 from model.vid2world import PRESETS
 from play import __main__ as play
+from support.errors import DataError
 from testing.commands import folder, free_port, raises, refused, run_command
 from testing.episodes import (make_episode, make_rt1)
 from testing.golden import (error_of)
@@ -168,12 +169,15 @@ def test_evaluation_gives_an_interval_and_what_other_actions_cost():
     assert abs(tally.interval("psnr") - 1.96 * own.std(ddof=1) / 3**0.5) < 1e-6
 
 
-def test_a_mean_stands_with_its_bootstrap_interval():
+def test_a_mean_stands_with_its_bootstrap_interval_and_a_rate_with_wilsons():
     values = np.random.default_rng(0).normal(3, 2, size=400)
-    low, high = controllability.bootstrap(values)
+    low, high = intervals.bootstrap(values)
     half = 1.96 * values.std() / 20
     assert abs(low - values.mean() + half) < 0.02 and abs(high - values.mean() - half) < 0.02
-    assert controllability.mean_and_interval(np.full(3, 0.5), "+") == "+0.50 (+0.50 to +0.50)"
+    assert intervals.mean_and_interval(np.full(3, 0.5), "+") == "+0.50 (+0.50 to +0.50)"
+    low, high = intervals.wilson(45, 50)
+    assert abs(low - 0.786) < 2e-3 and abs(high - 0.957) < 2e-3  # as in tables
+    assert intervals.wilson(0, 10)[0] == 0 and intervals.wilson(10, 10)[1] == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,25 +300,48 @@ def test_the_gripper_is_measured_at_the_last_frame_and_sweeps_by_their_side():
 
 
 def test_the_distance_of_a_transfer_is_relative():
-    clips = [{"frames": np.zeros((2, 4, 4, 3), np.uint8), "actions": np.zeros((2, 13)), "index": 0,
-              "damaged": []}] * 2
     passive = torch.ones(2, 2, 2, 1, 1, 1) * torch.tensor([2.0, 4.0]).view(1, 1, 2, 1, 1, 1)
-    answers = iter([passive, *[passive + 1] * 8])
-    with (contextlib.redirect_stdout(io.StringIO()),
-          mock.patch.object(transfers, "velocities", lambda *_: next(answers))):
-        table = transfers.distances(TINY_BASE, clips, 2)
-    assert len(table) == 8 and all(np.allclose(row, [0.5, 0.25]) for row in table.values())
+    x, features = torch.arange(6.0).view(1, 1, 1, 6, 1, 1), torch.tensor([1.0, 0.0])
+    ours, theirs = (transfers.Seen(v, x, f.view(1, 1, 2, 1, 1, 1)) for v, f in (
+        (passive, features), (passive + 1, torch.ones(2))))
+    row, cosine = transfers.compare(ours, theirs)
+    assert np.allclose(row, [0.5, 0.25]) and abs(cosine - 0.5**0.5) < 1e-6
+    line, zero = transfers.from_line_and_from_zero(x)  # 2, 3, 4 and 5 go on from 0 and 1
+    assert line == 0 and abs(zero - (4 + 9 + 16 + 25) ** 0.5) < 1e-5
+    # 1 and -1 in turn are two steps from the line through the two before, times two
+    line, zero = transfers.from_line_and_from_zero((-1.0) ** x)
+    assert line == 4 * zero
+
+
+def test_futures_that_part_foretell_an_error_like_one_draw_more():
+    random = np.random.default_rng(0)
+    doubt = random.uniform(1, 20, size=(2, 3, 8, 8, 1))  # by pixel
+    drawn = 100 + doubt * random.normal(size=(201, 2, 3, 8, 8, 3))
+    spread, error = futures.spread_and_error(drawn[1:5], drawn[0])
+    assert spread.shape == error.shape == (2, 3, 8, 8)
+    assert abs(futures.size(spread).mean() / futures.size(error).mean() - 1) < 0.05
+    spread, _ = futures.spread_and_error(drawn[1:], drawn[0])
+    assert futures.pearson(spread.ravel(), doubt.ravel()) > 0.9
+    code, said = run_command(futures.main, "--episodes", 2, "--frames", 3, "--seeds", 2, "--steps",
+                             1, "--out", out := folder())
+    assert code == 0 and re.search(r"^\| 2 \| [\d.]+ \| [\d.]+ \| 0.\d+ \|", said, re.M), said
+    assert (out / "futures.png").exists()
 
 
 def test_a_row_of_the_ways_to_steer_is_measured_at_the_last_frame():
-    settings = baselines.Settings(base=str(TINY_BASE), frames=5, out=str(folder()))
-    held_out = open_episodes("rt1", SAMPLES, "val").select(np.arange(3))
+    settings = baselines.Settings(base=str(TINY_BASE), frames=5, episodes=3, out=str(folder()))
     reader = SimpleNamespace(read=lambda frames: np.zeros((len(frames), 2)))
-    measured = baselines.measure("repeating", 0, settings, held_out, reader)
-    frames = np.stack([episode.read(0, 5)[0] for episode in held_out])
-    places = np.stack([episode.feature(controllability.PIXEL)[4] for episode in held_out])
+    with mock.patch.object(comparison, "train_reader", return_value=reader):
+        held_out = comparison.open_held_out(settings, settings.frames)
+    measured = baselines.measure("repeating", 0, settings, held_out)
+    episodes = open_episodes("rt1", SAMPLES, "val").select(np.arange(3))
+    frames = np.stack([episode.read(0, 5)[0] for episode in episodes])
+    places = np.stack([episode.feature(controllability.PIXEL)[4] for episode in episodes])
     assert abs(measured["off"] - np.linalg.norm(places, axis=1).mean()) < 1e-3
     assert abs(measured["psnr"] - metrics.psnr(frames[:, :1], frames)[:, 1:].mean()) < 1e-6
+    root = make_rt1([5] * 8)  # whose episodes do not say where the gripper is
+    measured = comparison.open_held_out(replace(settings, root=str(root)), 5).score(frames[:1])
+    assert list(measured) == ["psnr", "ssim"]
 
 
 def test_controllability_compares_seeds_with_the_actions_and_with_anothers():
@@ -339,34 +366,59 @@ def test_controllability_compares_seeds_with_the_actions_and_with_anothers():
 
 
 def test_a_variant_is_compared_with_the_baseline_seed_by_seed():
-    losses = {"baseline": [1.0, 2.0], "other": [2.0, 4.0]}
-    assert ablations.compare(losses, "other", 1) == "3.0 ± 1.0 | +1.5 ± 0.5"
-    assert ablations.compare(losses, "baseline", 2) == "1.50 ± 0.50 | "
+    runs = {"repeating": [{"psnr": 9.0}] * 2, "baseline": [{"loss": 1.0, "psnr": 10.0},
+                                                            {"loss": 2.0, "psnr": 14.0}],
+            "other": [{"loss": 2.0, "psnr": 9.0}, {"loss": 4.0, "psnr": 12.0}]}
+    lines = comparison.table(runs, {"other": "7"})
+    assert lines[0].startswith("|  | held-out loss | difference | PSNR (dB) | difference | publ")
+    assert lines[2:] == ["| repeating |  |  | 9.00 ± 0.00 | -3.00 ± 2.83 |  |",
+                         "| baseline | 1.5000 ± 0.7071 |  | 12.00 ± 2.83 |  |  |",
+                         "| other | 3.0000 ± 1.4142 | +1.5000 ± 0.7071 | 10.50 ± 2.12 | "
+                         "-1.50 ± 0.71 | 7 |"]
+    assert comparison.table({"other": [{"ssim": 0.5}]}) == ["|  | SSIM |", "| --- | --- |",
+                                                            "| other | 0.500 |"]
 
 
 def test_words_move_the_arm_to_the_side_that_they_name():
     settings = baselines.Settings(base=str(TINY_BASE), frames=3, seeds=2, out=str(folder()))
-    held_out = open_episodes("rt1", SAMPLES, "val").select(np.arange(4))
 
     def obeys(frames, actions, captions):  # pictures as bright as the number of the first word
         return np.zeros((4, 3, 8, 8, 3)) + captions[:, -1:, None, None, :1]
 
     reader = SimpleNamespace(read=lambda frames: frames[:, 0, 0, :2])
+    held_out = comparison.HeldOut(None, np.zeros((4, 3, 8, 8, 3), np.uint8), None, reader)
     with mock.patch.object(baselines, "imaginer", lambda *row: obeys):
-        line = baselines.language_line(settings, held_out, reader, np.eye(2, 3))
+        line = baselines.language_line(settings, held_out, np.eye(2, 3))
     assert line.endswith("in 100 % of 8 pairs"), line  # "right" is the later word
 
 
 def test_a_variant_without_dropout_is_rolled_out_without_guidance():
     settings, asked = ablations.Settings(out=str(folder()), guidance=3.0), []
-    tally = SimpleNamespace(sums={"psnr": np.array([20.0])}, episodes=1)
-    with (mock.patch.object(ablations, "post_train", return_value={1: 0.5}),
+    held_out = comparison.HeldOut(None, np.zeros((1, 16, 16, 16, 3), np.uint8), None)
+    with (mock.patch.object(ablations, "post_train", return_value={1: 0.5, 2: 0.25}),
           mock.patch.object(ablations, "load_world", lambda run, **options: asked.append(options)),
-          mock.patch.object(ablations, "open_held_out"),
-          mock.patch.object(ablations, "evaluate", return_value=tally)):
-        for variant in ("baseline", "no action dropout"):
-            ablations.measure(variant, 0, settings)
-    assert [options["guidance"] for options in asked] == [3.0, 1.0]
+          mock.patch.object(ablations, "rollout_batch", return_value=held_out.truth)):
+        for variant in ("baseline", "no action dropout", "mixed, no guidance", "mixed, guided"):
+            measured = ablations.measure(variant, 0, settings, held_out)
+    assert [options["guidance"] for options in asked] == [3.0, 1.0, 1.0, 3.0]
+    assert measured["loss"] == 0.25 and measured["curve"] == {"1": 0.5, "2": 0.25}
+
+
+def test_table_2_has_the_papers_rows_and_says_how_long_it_takes():
+    with (mock.patch.object(ablations, "open_held_out"),
+          mock.patch.object(ablations, "measure_all", side_effect=DataError("seen")) as seen):
+        refused(ablations.main, "--table2", "--out", folder(), saying="seen")
+    rows = seen.call_args.args[0]
+    assert rows[0] == "repeating" and len(rows) == 10 and set(ablations.PUBLISHED) < set(rows)
+    assert ablations.changes("shift, guided") == {"transfer": "shift"}
+    assert ablations.changes("shift, no guidance") == {"transfer": "shift", "action_dropout": 0}
+    clock, said = iter([0, 1200, 1200, 1201, 1201, 1801, 1801, 1802]), io.StringIO()
+    with (mock.patch.object(comparison.time, "monotonic", lambda: next(clock)),
+          contextlib.redirect_stdout(said)):  # of "b" both seeds are kept
+        runs = comparison.measure_all(["a", "b"], 2, lambda row, seed: {"psnr": seed})
+    assert runs == {row: [{"psnr": 0}, {"psnr": 1}] for row in "ab"}
+    assert said.getvalue() == ("a, seed 0: 20 minutes; 3 more to go, about 1.0 hours\n"
+                               "a, seed 1: 10 minutes; 1 more to go, about 0.2 hours\n")
 
 
 def test_lpips_is_the_squared_distance_of_features_and_the_baseline_repeats_the_last_frame():
@@ -395,34 +447,35 @@ def test_lpips_is_the_squared_distance_of_features_and_the_baseline_repeats_the_
 
 
 def test_transfers_and_ablations_are_compared():
-    levels, methods = transfers.LEVELS, transfers.TRANSFER_METHODS
-    transfers.LEVELS, transfers.TRANSFER_METHODS = (500,), ("masked", "extrapolative")
-    try:
-        code, printed = run_command(transfers.main, "--clips", 1, "--frames", 4, "--out", folder())
-    finally:
-        transfers.LEVELS, transfers.TRANSFER_METHODS = levels, methods
+    with (mock.patch.object(transfers, "LEVELS", (500,)),
+          mock.patch.object(transfers, "TRANSFER_METHODS", ("masked", "extrapolative"))):
+        code, printed = run_command(transfers.main, "--clips", 1, "--frames", 4, "--out", folder(),
+                                    "--trained", TINY_WORLD)
     rows = [row.split("|") for row in printed.splitlines()
-            if re.match(r"\| (mixed|shift|masked|extrapolative), (past|frame) ", row)]
-    assert code == 0 and len(rows) == 4 and all(0 < float(row[2].strip(" *")) < 10 for row in rows)
+            if re.match(r"\| ((masked|extrapolative), (past|frame)|tiny_world.pt) ", row)]
+    assert code == 0 and len(rows) == 5, printed
+    assert all(0 < float(row[2]) < 1 and 0 < float(row[3]) < 10 for row in rows), printed
     out = folder()
     words = ["--variants", "baseline", "lr=1e-4 batch=1", "from scratch", "--seeds", 1,
              "--steps", 1, "--cooldown", 1, "--batch", 1, "--frames", 4, "--workers", 0,
              "--val-clips", 1, "--episodes", 1, "--denoising-steps", 1, "--out", out]
+    mock.patch.object(comparison, "has_gripper", return_value=False).start()
     code, printed = run_command(ablations.main, *words)
     assert code == 0 and "| baseline |" in printed and "| from scratch |" in printed, printed
     again = run_command(ablations.main, *words)[1]  # what is done is not done again
     assert "at step" not in again and again.strip() == printed[
-        printed.index("| variant |") :].strip()
+        printed.index("|  | held-out loss |") :].strip()
     # and never taken for what other settings would have given
     assert re.search(r"\| lr=1e-4 batch=1 \|.*\|.*[1-9]", printed)  # and so not the baseline
     alone = words[:2] + words[4:]  # the baseline
     for unknown in ("lr", "lr=", "rate=1"):
         refused(ablations.main, "--variants", unknown, saying=f"there is no variant '{unknown}'")
     other = run_command(ablations.main, *alone, "--denoising-steps", 2)[1]
-    (psnr,), (other_psnr,) = (re.findall(r"\| baseline \|.*\| (\S+) ±", table)
+    (psnr,), (other_psnr,) = (re.findall(r"\| baseline \|.*\| (\d\d\.\S+) \|  \| 0", table)
                               for table in (printed, other))
     assert psnr != other_psnr, other
     refused(ablations.main, *alone, "--steps", 2, saying="has steps 1, and here it is 2")
+    mock.patch.stopall()
 
 
 def test_commands_refuse_bad_words_in_a_sentence():

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from evaluation.plan import print_plan
 from model.device import best_device, math_attention_on_cpu
 from model.memory import keep_malloc_heap, recompute_activations
 from model.vid2world import PRESETS, Model
@@ -202,15 +201,12 @@ class Settings:
     guidance: float = option(2.0, "with 1, a pass needs no second version of the new frame")
     batch: int = option(1, "clips per training step; 0 for no training", least=0)
     rounds: int = option(3, "training steps, of which the fastest counts")
-    plan: bool = option(False, "count the memory of sampling and training, without a GPU")
     layers: bool = option(False, "time single layers against the plain way, and nothing else")
     device: str | None = option(None, "cpu, cuda, …; if left out, the best there is")
     out: str = option("rollouts", "folder for the plot")
 
 
 def run(settings: Settings) -> None:
-    if settings.plan:
-        return print_plan(SIZES[settings.size])
     return time_layers() if settings.layers else measure(settings)
 
 

@@ -7,7 +7,7 @@ be shown with it on a CPU of 24 GB.
 Random weights take the memory and the time of trained ones. Proved are: the file is opened once and
 read as it is needed; all names and shapes fit; 88 kernels are carried over in each of four ways; a
 frame imagined with memory is the one imagined without; training steps run, one of them in half
-precision. The memory that all this takes is compared with what `evaluation.speed --plan` counts.
+precision. The memory that all this takes is compared with what `testing.plan` counts.
 """
 import argparse
 import json
@@ -27,11 +27,11 @@ import torch
 from tqdm import tqdm
 
 from causal_conv import TRANSFER_METHODS
-from evaluation.plan import build_model, count, sample_frame, train_step
 from model.device import bf16_is_emulated
 from model.saving import from_dynamicrafter
 from model.vid2world import PRESETS, ModelConfig
 from sample import WorldModel
+from testing.plan import build_model, count, sample_frame, train_step
 from unet import load_dynamicrafter
 
 KEYS = Path(__file__).parent.parent / "golden" / "dynamicrafter_512_keys.tsv"
@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("what", choices=["write", "prove"])
     parser.add_argument("file", type=Path)
     args = parser.parse_args()
+    if args.what == "prove" and not args.file.is_file():
+        parser.error(f"{args.file} is not there: write it first")
     {"write": write, "prove": prove}[args.what](args.file)
 
 

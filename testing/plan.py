@@ -1,6 +1,6 @@
 """What fits where: the memory of sampling and of training, counted without a GPU.
 
-    python -m evaluation.speed --size full --plan
+    python -m testing.plan
 
 The whole step is run on tensors that have a shape and no content, and every byte that would be
 alive is counted: weights, gradients, optimizer, activations, the copies in half precision, the
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.memory import frozen_to_bf16, recompute_activations
-from model.vid2world import Model, ModelConfig
+from model.vid2world import PRESETS, Model, ModelConfig
 from temporal.streaming import Cache
 from train import PostTraining
 from training.start import freeze_spatial_layers
@@ -189,3 +189,7 @@ def print_plan(config: ModelConfig) -> None:
                                           strict=True):
         print(f"| training, 1 clip each on {processes} GPUs, `--shard --checkpointing` | "
               f"{weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)
+
+
+if __name__ == "__main__":
+    print_plan(PRESETS["512"])

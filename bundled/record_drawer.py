@@ -93,6 +93,7 @@ class Simulator:
 
     def __init__(self, task: str):
         mujoco, environments, policies = meta_world()
+        self.mujoco = mujoco
         self.env = environments[task](render_mode="rgb_array", camera_name=CAMERA,
                                       width=2 * WIDTH, height=2 * HEIGHT)
         # a new layout at every reset
@@ -142,6 +143,19 @@ class Simulator:
         self.observation, *_ = self.env.step(action.astype(np.float32))
         lead = self.env.data.mocap_pos[0] - self.hand
         self.env.data.mocap_pos[0] = self.hand + np.clip(lead, -LEAD, LEAD)
+
+    def state(self) -> tuple[np.ndarray, np.ndarray]:
+        """All that `restore` needs to go on from here again."""
+        mujoco, kind = self.mujoco, self.mujoco.mjtState.mjSTATE_INTEGRATION
+        saved = np.empty(mujoco.mj_stateSize(self.env.model, kind))
+        mujoco.mj_getState(self.env.model, self.env.data, saved, kind)
+        return saved, self.observation
+
+    def restore(self, state: tuple[np.ndarray, np.ndarray]) -> None:
+        saved, self.observation = state
+        self.mujoco.mj_setState(self.env.model, self.env.data, saved,
+                                self.mujoco.mjtState.mjSTATE_INTEGRATION)
+        self.mujoco.mj_forward(self.env.model, self.env.data)
 
     @property
     def hand(self) -> np.ndarray:

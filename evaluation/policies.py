@@ -2,7 +2,6 @@
 
     python -m evaluation.policies --quick         (10 starts; without, 50)
     python -m evaluation.policies --guidance 1 2 3
-    python -m evaluation.policies --policy rt1.ts --data rt1 --root … --checkpoint … --judge
 
 A robot is slow and breaks; a world model does not. So policies are tried out in the model: from a
 real first frame, the policy sees a frame and acts, the model predicts the next, and so on for 40
@@ -15,32 +14,46 @@ model orders the policies as reality does, here a simulator whose outcomes are r
                 that the model puts on the wrong side of it, averaged (Li et al. 2024, SIMPLER)
 
 Two controls must fail: a world whose actions are another start's, and one in which nothing moves.
-A policy is any function of frames; the bundled ones are five checkpoints of one run of behaviour
-cloning, which bundled/train_policies.py makes. Paper: Algorithm 3, Figure 4.
+The bundled policies are five checkpoints of one run of behaviour cloning, which
+bundled/train_policies.py makes.
+
+Your own, for a world of your own recordings:
+
+    python -m evaluation.train_verifier labels.csv --root my_robot --out verdict.pt
+    python -m evaluation.policies --data folder --root my_robot --checkpoint runs/mine \\
+        --policy old.ts my_policies:act --verifier verdict.pt --truth outcomes.csv
+
+    --policy    TorchScript files, or module:function: frames uint8 [B, H, W, 3] -> actions [B, A]
+    --verifier  what train_verifier made of labelled episodes; or a TorchScript file, or
+                module:function: whole videos uint8 [B, T, H, W, 3] -> success [B]
+    --truth     rows `policy,start,success`: how the robot fared from the start of held-out episode
+                `start`; without it there is no r and no MMRV
+
+Paper: Algorithm 3, Figure 4.
 """
-import base64
-import html
+import csv
+import importlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from data import SAMPLES, fit_frames, open_episodes
+from data import SAMPLES, bundled_world, fit_frames, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from evaluation.evaluate import RepeatLastFrame, WorldSettings
 from evaluation.intervals import wilson
 from evaluation.readers import FrameReader
-from model.saving import CHECKPOINTS, TINY_WORLD, checkpoint_file
+from model.saving import CHECKPOINTS, checkpoint_file
 from model.vid2world import Model, ModelConfig
 from sample import WorldModel, load_world
-from support.errors import CheckpointError, RequestError, reading
+from support.errors import CheckpointError, DataError, RequestError, reading
 from support.options import option, program
 from support.pictures import save_scatter, save_strip
 
@@ -53,6 +66,7 @@ CLOSED = 0.02  # metres: a drawer that is open by less is closed
 UNIT = 0.1  # metres, in which the success classifier counts
 
 Policy = Callable[[np.ndarray], np.ndarray]  # frames uint8 [B, H, W, 3] -> actions [B, A]
+Verifier = Callable[[np.ndarray], np.ndarray]  # videos uint8 [B, T, H, W, 3] -> success bool [B]
 
 
 def policy_network() -> FrameReader:
@@ -74,6 +88,10 @@ class SuccessClassifier:
     def opening(self, frames: np.ndarray) -> np.ndarray:
         """uint8 [..., 64, 80, 3] -> metres [...]."""
         return UNIT * self.network.read(frames)[..., 0]
+
+    def __call__(self, videos: np.ndarray) -> np.ndarray:
+        """uint8 [B, T, 64, 80, 3] -> whether the drawer is closed at the end, bool [B]."""
+        return self.opening(videos[:, -1]) < CLOSED
 
 
 def policy_action(numbers: np.ndarray) -> np.ndarray:
@@ -100,6 +118,11 @@ def load_policies(path: Path = POLICIES) -> tuple[dict[str, FrameReader], Succes
 def untrained() -> FrameReader:
     torch.manual_seed(1)
     return policy_network().eval()
+
+
+def world_of(settings: WorldSettings) -> str | Path:
+    """The checkpoint that is asked for, or the bundled one."""
+    return settings.checkpoint or bundled_world(settings.data)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,36 +157,19 @@ def mmrv(true: np.ndarray, imagined: np.ndarray) -> float:
     return float((np.abs(true[:, None] - true) * violated).max(axis=1).mean())
 
 
-PAGE = Path(__file__).with_name("verdicts.html")
-
-
-def write_page(path: Path, strips: dict[str, np.ndarray]) -> None:
-    """One page of strips uint8 [T, H, W, 3] by key, in random order, to be ticked."""
-    rows = []
-    for key in np.random.default_rng(0).permutation(list(strips)):
-        file = BytesIO()
-        Image.fromarray(np.concatenate(list(strips[key]), axis=1)).save(file, "PNG")
-        source = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-        rows.append(f'<label><input type="checkbox" name="{html.escape(key)}"> '
-                    f'<img src="{source}"></label>')
-    page = PAGE.read_text(encoding="utf-8").replace("{rows}", "\n".join(rows))
-    path.write_text(page, encoding="utf-8")
-
-
 @dataclass
 class Settings(WorldSettings):
     guidance: list[float] | None = option(None, "one table each; if left out, the checkpoint's",
                                           type=float, nargs="+")
-    policy: list[str] | None = option(None, "TorchScript files, frames uint8 [B, H, W, 3] -> "
-                                            "actions [B, A]; if left out, the bundled policies",
-                                      nargs="+")
+    policy: list[str] | None = option(None, "TorchScript files, or module:function; if left out, "
+                                            "the bundled policies", nargs="+")
+    verifier: str | None = option(None, "what says whether a rollout of theirs succeeds")
+    truth: str | None = option(None, "CSV of policy, start, success: how they really fared")
     starts: int = option(50, "of every policy")
     horizon: int = option(HORIZON, "frames that a policy has")
     controls: bool = option(False, "also in a world of shuffled actions and in one where nothing "
                                    "moves, and an untrained policy")
     quick: bool = option(False, "10 starts: minutes")
-    judge: bool = option(False, "lay the rollouts out on a page for a person to tick")
-    verdicts: str | None = option(None, "what the person saved there, instead of the classifier's")
     out: str = option("evaluations/policies", "folder for the results")
 
 
@@ -190,32 +196,65 @@ def trials(model: Model, settings: Settings) -> list[Trial]:
 
 def read_starts(settings: Settings, config: ModelConfig
                 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """First frames uint8 [N, H, W, 3], and true success by policy, where it is known."""
+    """First frames uint8 [N, H, W, 3], and true success [N] by policy, where it is known."""
     if settings.policy:
         episodes = open_episodes(settings.data, settings.root, "val")
-        numbers = range(min(settings.starts, len(episodes)))
         frames = np.stack([fit_frames(episodes[i].read(0, 1)[0], *config.size, config.fit)[0]
-                           for i in numbers])
-        return frames, {}
+                           for i in range(min(settings.starts, len(episodes)))])
+        return frames, read_outcomes(settings.truth, len(frames)) if settings.truth else {}
     content = np.load(STARTS)
     true = {name: content[name][: settings.starts, -1] < CLOSED for name in MARKS}
     return content["frames"][: settings.starts], true
 
 
-def scripted(path: str) -> Policy:
-    """A policy from a TorchScript file."""
+def read_outcomes(path: str, starts: int) -> dict[str, np.ndarray]:
+    """By policy, success of its starts. Raises DataError where one is missing."""
+    found: dict[str, dict[int, bool]] = {}
+    with reading(path), open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["policy"], {})[int(row["start"])] = bool(int(row["success"]))
+    for name, outcomes in found.items():
+        if missing := [i for i in range(starts) if i not in outcomes]:
+            raise DataError(f"{path} does not say how {name} fared from start {missing[0]}")
+    return {name: np.array([outcomes[i] for i in range(starts)])
+            for name, outcomes in found.items()}
+
+
+def load_function(words: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Of arrays, from a TorchScript file or "module:function". Raises RequestError."""
+    module, _, name = words.partition(":")
+    if name.isidentifier():
+        sys.path.insert(0, os.getcwd())
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise RequestError(f"{words} cannot be imported: {error}") from None
     try:
-        module = torch.jit.load(path).eval()
+        script = torch.jit.load(words).eval()
     except (RuntimeError, ValueError, OSError) as error:
-        raise RequestError(f"{path} is no TorchScript file "
-                           f"({str(error).splitlines()[0]})") from None
-    return lambda frames: np.asarray(module(torch.from_numpy(frames)).detach().float())
+        raise RequestError(f"{words} is no TorchScript file ({str(error).splitlines()[0]}), and no "
+                           "module:function") from None
+    return lambda frames: np.asarray(script(torch.from_numpy(frames)).detach().float())
 
 
-def open_policies(settings: Settings) -> tuple[dict[str, Policy], SuccessClassifier | None]:
-    """By name; and the success classifier, where there is one."""
+def load_verifier(path: str) -> Verifier:
+    """What evaluation/train_verifier.py made, or a function: see `load_function`."""
+    if not Path(path).suffix == ".pt":
+        return load_function(path)
+    content = read_checkpoint(path)
+    with reading(path, CheckpointError):
+        network = load_weights(verifier_network(), content["verifier"], path).eval()
+    return lambda videos: network.read(videos[:, -1])[..., 0] > 0.5
+
+
+def open_policies(settings: Settings) -> tuple[dict[str, Policy], Verifier]:
+    """By name; and what says whether they succeed. Raises RequestError without."""
     if settings.policy:
-        return {Path(path).stem: scripted(path) for path in settings.policy}, None
+        if not settings.verifier:
+            raise RequestError("whether your policies succeed says a --verifier: see "
+                               "evaluation/train_verifier.py")
+        return ({Path(words).stem.rpartition(":")[2]: load_function(words)
+                 for words in settings.policy}, load_verifier(settings.verifier))
     networks, verifier = load_policies()
     if settings.controls:
         networks["untrained"] = untrained()
@@ -224,59 +263,48 @@ def open_policies(settings: Settings) -> tuple[dict[str, Policy], SuccessClassif
 
 
 # Settings, beside the sampling of the world, that rollouts depend on.
-DECISIVE = ("checkpoint", "policy", "data", "root", "horizon", "seed")
+DECISIVE = ("checkpoint", "policy", "verifier", "data", "root", "horizon", "seed")
 
 
 class Judgement:
-    """Which rollouts succeed, as a person or the classifier says. Verdicts are kept in a file,
-    batch by batch, so that an interrupted run resumes."""
+    """Which rollouts succeed. Verdicts are kept in a file, batch by batch, so that an interrupted
+    run resumes."""
 
-    def __init__(self, settings: Settings, verifier: SuccessClassifier | None, starts: np.ndarray):
+    def __init__(self, settings: Settings, verifier: Verifier, starts: np.ndarray):
         self.settings, self.verifier, self.starts = settings, verifier, starts
         self.out = Path(settings.out)
-        # a checkpoint that was trained further is another one
-        files = [checkpoint_file(settings.checkpoint or TINY_WORLD),
-                 *(settings.policy or [POLICIES])]
-        self.written = [Path(path).stat().st_mtime_ns for path in files]
+        # a checkpoint or a policy that was trained further is another one
+        paths = map(Path, [checkpoint_file(world_of(settings)), *(settings.policy or [POLICIES])])
+        self.written = [path.stat().st_mtime_ns for path in paths if path.exists()]
         self.file = self.out / "successes.json"
         self.known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-        self.verdicts = settings.verdicts and json.loads(
-            Path(settings.verdicts).read_text(encoding="utf-8"))
-        self.strips: dict[str, np.ndarray] = {}  # for a person
 
     def successes(self, trial: Trial, name: str, policy: Policy) -> np.ndarray:
         """bool [starts], of one policy in one world."""
-        keys = [f"{trial.title}/{name}/{i}" for i in range(len(self.starts))]
-        if self.verdicts:
-            return np.array([self.verdicts.get(key, False) for key in keys], bool)
         succeeded, size = [], self.settings.batch
-        for first in tqdm(range(0, len(keys), size), unit="batch", leave=False, disable=None):
-            succeeded += self.judge(trial, name, policy, first, keys[first : first + size])
+        for first in tqdm(range(0, len(self.starts), size), unit="batch", leave=False,
+                          disable=None):
+            succeeded += self.judge(trial, name, policy, first)
         return np.array(succeeded)
 
-    def judge(self, trial: Trial, name: str, policy: Policy, first: int, keys: list[str]
-              ) -> list[bool]:
+    def judge(self, trial: Trial, name: str, policy: Policy, first: int) -> list[bool]:
         """The same, of one batch."""
-        place = json.dumps([trial.title, name, first, len(keys), self.written, {
+        starts = self.starts[first : first + self.settings.batch]
+        place = json.dumps([trial.title, name, first, len(starts), self.written, {
             key: value for key, value in asdict(self.settings).items() if key in DECISIVE}])
-        if place not in self.known or self.settings.judge:
-            starts = self.starts[first : first + len(keys)]
+        if place not in self.known:
             videos = rollout_policy(trial.make(), policy, starts, trial.shuffled,
                                     self.settings.horizon)
-            columns = np.linspace(0, self.settings.horizon, 9).round().astype(int)
-            self.strips |= dict(zip(keys, videos[:, columns], strict=True))
-            closed = (self.verifier.opening(videos[:, -1]) < CLOSED if self.verifier
-                      else np.zeros(len(videos), bool))  # until a person has judged
-            if self.verifier:
-                self.show_examples(trial, name, videos, closed)
-            self.known[place] = closed.tolist()
+            success = np.asarray(self.verifier(videos)).astype(bool)
+            self.show_examples(trial, name, videos, success)
+            self.known[place] = success.tolist()
             self.file.write_text(json.dumps(self.known), encoding="utf-8")
         return self.known[place]
 
-    def show_examples(self, trial: Trial, name: str, videos: np.ndarray, closed: np.ndarray
+    def show_examples(self, trial: Trial, name: str, videos: np.ndarray, success: np.ndarray
                       ) -> None:
         """A strip of a success and one of a failure, where there are any."""
-        for label, those in (("success", closed), ("failure", ~closed)):
+        for label, those in (("success", success), ("failure", ~success)):
             if those.any():
                 path = self.out / f"{file_name(f'{trial.title} {name} {label}')}.png"
                 save_strip(path, {label: videos[those.argmax()][::4]}, columns=11)
@@ -291,9 +319,12 @@ def run(settings: Settings) -> None:
     if settings.quick:
         settings.starts = min(settings.starts, 10)
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
-    model = load_world(settings.checkpoint or TINY_WORLD).model
+    model = load_world(world_of(settings)).model
     policies, verifier = open_policies(settings)
     starts, true = read_starts(settings, model.config)
+    for name in policies.keys() - true.keys() if settings.truth else ():
+        raise DataError(f"{settings.truth} says nothing of {name}; it knows {', '.join(true)}")
+    true = {name: true[name] for name in policies if name in true}
     judgement = Judgement(settings, verifier, starts)
     agreement = ["| world | Pearson r | MMRV | largest difference (points), 95 % over starts |",
                  "| --- | --- | --- | --- |"]
@@ -308,10 +339,6 @@ def run(settings: Settings) -> None:
     if true:
         print("\n" + "\n".join(agreement))
         (out / "agreement.md").write_text("\n".join(agreement) + "\n", encoding="utf-8")
-    if settings.judge:
-        write_page(out / "judge.html", judgement.strips)
-        print(f"\nopen {out / 'judge.html'} in a browser, tick, save; then run this again with "
-              "--verdicts verdicts.json instead of --judge")
     print(f"\nwritten: {out}")
 
 

@@ -23,7 +23,7 @@ class Reader(nn.Module):
 
 
 class FrameReader(Reader):
-    """Frames of 64×80 pixels -> numbers of about unit size."""
+    """Frames, seen at 64×80 pixels -> numbers of about unit size."""
 
     def __init__(self, numbers: int, widths: tuple[int, ...] = (32, 64, 64, 64), hidden: int = 128):
         super().__init__()
@@ -32,7 +32,9 @@ class FrameReader(Reader):
         self.layers = nn.Sequential(*halve, nn.Flatten(), nn.Linear(widths[-1] * 4 * 5, hidden),
                                     nn.SiLU(), nn.Linear(hidden, numbers))
 
-    def forward(self, pixels: Tensor) -> Tensor:  # [N, 3, 64, 80] -> [N, numbers]
+    def forward(self, pixels: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, numbers]
+        if pixels.shape[2:] != (64, 80):
+            pixels = F.interpolate(pixels, (64, 80), mode="area")
         return self.layers(pixels)
 
 

@@ -29,7 +29,8 @@ from dynamicrafter.layers import sinusoidal_embedding
 from episodes import csgo
 from episodes.csgo import csgo_action
 from episodes.tfrecord import (encode_example, write_records)
-from evaluation import (baselines, comparison, contact, evaluate, game, metrics, policies)
+from evaluation import (baselines, comparison, contact, evaluate, game, metrics, planning, policies,
+                        train_verifier)
 from model import device
 from model.memory import frozen_to_bf16
 from model.saving import (TINY_BASE, TINY_WORLD, frozen_weights, load_model, save, trained_weights)
@@ -37,7 +38,7 @@ from model.vid2world import PRESETS, Model, to_frames
 from support.errors import CheckpointError, DataError, RequestError
 from testing import full_size, plan
 from testing.commands import folder, raises, refused, run_command
-from testing.episodes import encode_jpeg, make_episode, make_rt1
+from testing.episodes import encode_jpeg, make_episode, make_pictures, make_rt1
 from testing.golden import (error_of)
 from testing.worlds import (small_checkpoint, small_episode, small_world, train_words)
 from training.run_folder import read_settings
@@ -296,27 +297,149 @@ def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_acti
         [0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1, -0.5, 0]]
 
 
-def test_policies_are_judged_by_the_verifier_or_a_person():
+def test_policies_are_judged_by_the_verifier():
     out = folder()
     shutil.copy(TINY_BASE, out)
     world = shutil.copy(TINY_WORLD, out)
     options = ["--starts", 3, "--horizon", 2, "--steps", 1, "--out", out, "--checkpoint", world]
-    code, said = run_command(policies.main, *options, "--controls", "--judge")
+    code, said = run_command(policies.main, *options, "--controls")
     assert code == 0 and said.count("| untrained | 0 % |") == 3, said
-    names = re.findall('name="([^"]+)"', page := (out / "judge.html").read_text(encoding="utf-8"))
-    assert len(names) == 3 * 6 * 3 == page.count("data:image/png")  # worlds, policies, starts
-
     again = AssertionError("rolled out")
     with mock.patch.object(policies, "rollout_policy", side_effect=again):  # all is known
         assert run_command(policies.main, *options, "--controls")[0] == 0
-        verdicts = {name: "Vid2World" in name and "/4000 steps/" in name for name in names}
-        (out / "verdicts.json").write_text(json.dumps(verdicts), encoding="utf-8")
-        code, said = run_command(policies.main, *options, "--verdicts", out / "verdicts.json")
         os.utime(world, (0, 0))  # it has learned on: nothing is known of it
         with raises(AssertionError, "rolled out"):
             run_command(policies.main, *options)
-    assert code == 0 and "| 4000 steps | 100 % |" in said and "| 90 steps | 0 % |" in said, said
     assert (out / "agreement.md").read_text(encoding="utf-8").count("Vid2World") == 1
+
+
+def test_a_policy_and_a_verdict_of_your_own_are_compared_with_what_happened():
+    out = folder()
+    (out / "mine.py").write_text("""
+import numpy as np
+def forward(frames):  # brighter pictures, faster
+    return np.full((len(frames), 13), 0.1, np.float32)
+def back(frames):
+    return -forward(frames)
+def bright(videos):
+    return videos[:, -1].mean(axis=(1, 2, 3)) > videos[:, 0].mean(axis=(1, 2, 3))
+""", encoding="utf-8")
+    truth = out / "outcomes.csv"
+    truth.write_text("policy,start,success\n" + "".join(
+        f"{name},{i},{int(name == 'forward')}\n" for name in ("forward", "back", "other")
+        for i in range(4)), encoding="utf-8")
+
+    class Brighter:  # a world in which the action is light
+        sampling, model = "as it is", load_model(TINY_WORLD)
+
+        def reset(self, frames):
+            self.frames = frames[:, -1]
+
+        def step(self, actions):
+            change = np.sign(actions[:, :1, None, None])
+            self.frames = (self.frames.astype(int) + change).clip(0, 255).astype(np.uint8)
+            return self.frames
+
+    words = ["--policy", "mine:forward", "mine:back", "--starts", 4, "--horizon", 2, "--out", out]
+    here = os.getcwd()
+    os.chdir(out)
+    try:
+        with (mock.patch.object(policies, "load_world", lambda path: Brighter),
+              mock.patch.object(policies, "WorldModel", lambda *_, **__: Brighter())):
+            code, said = run_command(policies.main, *words, "--verifier", "mine:bright", "--truth",
+                                     truth)
+            assert code == 0 and "| as it is | 1.00 (" in said.replace("Vid2World, ", ""), said
+            assert "| forward | 100 % | 51–100 | 100 % |" in said and "| back | 0 % |" in said
+            for last, saying in (([], "--verifier: see"), (["--verifier", "mine:none"], "imported"),
+                                 (["--verifier", truth], "no TorchScript file .* no module:func")):
+                refused(policies.main, *words, *last, saying=saying)
+            words += ["--verifier", "mine:bright", "--truth", truth]
+            refused(policies.main, *words, "--starts", 5, saying="how forward fared from start 4")
+            truth.write_text("policy,start,success\nback,0,1\n", encoding="utf-8")
+            refused(policies.main, *words, "--starts", 1, saying="says nothing of forward")
+    finally:
+        os.chdir(here)
+
+
+class Sliding:
+    """A world whose frames are numbers, from which an action along x takes away a tenth of it."""
+
+    def reset(self, frames, actions):
+        assert frames.shape[1] == actions.shape[1] + 1
+        self.frame = frames[:, -1]
+
+    def step(self, action):
+        self.frame = self.frame - action[:, 10, None, None, None] / 10
+        return self.frame
+
+
+def sliding_planner() -> tuple[planning.Planner, planning.Start]:
+    """Of a policy that does nothing, and a start that the same world stands in for."""
+    planner, start = planning.Planner.__new__(planning.Planner), planning.Start.__new__(
+        planning.Start)
+    planner.settings = planning.Settings(proposals=64, horizon=5, execute=3, out=str(folder()))
+    planner.world, planner.doubtful = Sliding(), Sliding()
+    planner.policy = SimpleNamespace(read=lambda frames: np.zeros((len(frames), 4)))
+    planner.verifier = SimpleNamespace(opening=lambda frames: frames[..., 0, 0, 0])
+    start.planner, start.frames, start.actions = planner, [np.full((2, 2, 3), 0.9)], []
+    start.step = lambda action: start.frames[-1] - action[0] / 10
+    start.opening = lambda: start.frames[-1][0, 0, 0]
+    start.simulator = SimpleNamespace(state=lambda: None, restore=lambda state: None)
+    return planner, start
+
+
+def test_a_plan_is_the_best_of_its_proposals_where_its_world_says_so():
+    planner, start = sliding_planner()
+    chosen = {method: planner.decide(method, start, np.random.default_rng(0))
+              for method in planning.METHODS}
+    random = np.random.default_rng(0)
+    noise = np.stack([0.5 * planning.smooth_noise(random, (5, 4), 0.8) for _ in range(64)])
+    moved = noise.clip(-1, 1)[..., 0].sum(axis=1)
+    assert not chosen["policy alone"].any() and np.array_equal(chosen["random"], noise[0])
+    for method in ("world", "simulator"):
+        assert np.array_equal(chosen[method], noise[moved.argmax()]), method
+    assert np.array_equal(chosen["shuffled"], noise[np.roll(moved, 1).argmax()])
+    assert chosen["CEM"].clip(-1, 1)[:, 0].sum() > moved.max() + 0.2
+    assert start.actions == [] and len(start.frames) == 1  # what was tried is undone
+
+
+def test_a_plan_is_followed_and_its_world_is_told_what_was_seen():
+    planner, start = sliding_planner()
+    with mock.patch.object(planning, "save_gif") as saved:
+        result = planning.attempt(planner, "world", start, seed=0)
+    assert len(start.actions) == planning.HORIZON and result["begun"] == 0.9
+    assert abs(result["real"] - result["imagined"]) < 1e-6  # of a world that is the real one
+    assert result["real"] < 0.9 and result["doubt"] == 0
+    path, columns = saved.call_args.args
+    assert path.name == "closed_0.gif"
+    assert np.allclose(columns["what was imagined"], columns["what happened"])
+    world = planning.SharedNoise(load_model(TINY_WORLD), guidance=1.0)
+    noise = world.noise(3, 2)
+    assert noise.shape[:2] == (3, 2) and torch.equal(noise[0], noise[2])
+    assert not torch.equal(noise[0, 0], noise[0, 1])
+
+
+def test_a_success_classifier_learns_from_labelled_episodes():
+    out, root = folder(), make_pictures([4] * 40)
+    rows, names = ["episode,success"], sorted(path.name for path in root.iterdir() if path.is_dir())
+    for i, name in enumerate(names):  # a bright end is a success
+        last = sorted((root / name).glob("*.png"))[-1]
+        light = 40 if i % 2 else 200
+        Image.fromarray(np.full((48, 64, 3), light, np.uint8)).save(last)
+        rows.append(f"{name},{1 - i % 2}")
+    labels = out / "labels.csv"
+    labels.write_text("\n".join(rows), encoding="utf-8")
+    words = [labels, "--root", root, "--steps", 40, "--out", out / "verdict.pt"]
+    code, said = run_command(train_verifier.main, *words)
+    assert code == 0 and "right about 8 of 8" in said, said
+    verifier = policies.load_verifier(str(out / "verdict.pt"))
+    videos = np.zeros((2, 3, 24, 32, 3), np.uint8)
+    videos[1, -1] = 200
+    assert verifier(videos).tolist() == [False, True]
+    labels.write_text("episode,success\nnobody,1\n", encoding="utf-8")
+    refused(train_verifier.main, *words, saying="has 'nobody', and there is no such episode")
+    labels.write_text("\n".join(rows[:9]), encoding="utf-8")
+    refused(train_verifier.main, *words, saying="4 successes among 8 episodes")
 
 
 def test_success_is_that_of_the_last_frame():
@@ -325,7 +448,8 @@ def test_success_is_that_of_the_last_frame():
     closing = np.zeros((2, 9, 2, 2, 3), np.uint8)
     closing[0, :-1] += 100  # closes at the end
     closing[1, 1:] += 100  # was closed at the beginning
-    verifier = SimpleNamespace(opening=lambda frames: frames[..., 0, 0, 0] / 100)
+    network = SimpleNamespace(read=lambda frames: frames[..., 0, 0, :1] / 100 / policies.UNIT)
+    verifier = policies.SuccessClassifier(network)
     judgement = policies.Judgement(settings, verifier, starts)
     with mock.patch.object(policies, "rollout_policy", return_value=closing):
         trial = policies.Trial("a world", lambda: None)

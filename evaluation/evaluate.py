@@ -10,35 +10,33 @@ is compared with what happened (evaluation/metrics.py). Beside it stand the PSNR
 last given frame, and of what is imagined under the actions of other episodes: a world that does not
 follow its actions loses nothing by them (the paper's D.9, Table 4).
 
-Nothing grows with the number of episodes: scores are summed up by frame, features into a mean and a
-covariance. The sums are saved after every batch, so that an interrupted run resumes. Batch b is
-always made of the same episodes and always draws the same noise, whichever process it falls to: any
-number of processes gives the same figures. Paper: section 5.1, metrics in C.2.
+The scores of every batch are kept in a file, so that an interrupted run resumes. Batch b is always
+made of the same episodes and always draws the same noise, whichever process it falls to: any number
+of processes gives the same figures. Paper: section 5.1, metrics in C.2.
 """
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from data import DATA_SETS, DataSet, Episodes, bundled_world, fit_frames, open_episodes
-from episodes.frames import for_metrics
-from dynamicrafter.checkpoint import read_checkpoint
-from episodes.frames import cut_bars
-from evaluation.metrics import (ENOUGH, FeatureNetwork, Statistics, colour_shift, frechet_distance,
-                                i3d, inception, lpips, sharpness, ssim)
+from episodes.frames import cut_bars, for_metrics
+from evaluation.intervals import deviation
+from evaluation.metrics import (ENOUGH, FeatureNetwork, colour_shift, frechet_distance, i3d,
+                                inception, lpips, sharpness, ssim)
 from evaluation.nar import sample_jointly
-from model.saving import save
 from model.vid2world import ModelConfig
 from sample import WorldModel, compare_actions, load_world
-from support.errors import CheckpointError, DataError, RequestError, reading
+from support.errors import DataError, RequestError
 from support.options import option, program
 from support.pictures import psnr, save_curves
-from training.processes import join_processes, leave_processes
+from training.processes import join_processes, leave_processes, wait_for_all
 
 BETTER = {"psnr": "dB, higher is better", "ssim": "higher is better", "lpips": "lower is better",
           "fid": "lower is better", "fvd": "lower is better"}
@@ -66,61 +64,13 @@ class WorldSettings:
                           eta=self.eta, seed=self.seed, **options)
 
 
-@dataclass
-class Tally:
-    """All that is kept of the batches so far."""
-    batches: int = 0
-    episodes: int = 0
-    # metric -> sum over episodes, by frame
-    sums: dict[str, np.ndarray] = field(default_factory=dict)
-    # metric -> sum over episodes of the square of an episode's mean
-    squares: dict[str, float] = field(default_factory=dict)
-    features: dict[str, Statistics] = field(default_factory=dict)  # "fid, true", … -> features
-
-    def add(self, scores: dict[str, np.ndarray]) -> None:
-        """Scores of a batch, [B, frames] each."""
-        for name, rows in scores.items():
-            self.sums[name] = self.sums.get(name, 0) + rows.sum(axis=0)
-            self.squares[name] = self.squares.get(name, 0) + float((rows.mean(axis=1)**2).sum())
-
-    def interval(self, name: str) -> float:
-        """Half of the 95 % interval of a metric's mean over episodes; nan for one episode."""
-        mean, n = self.sums[name].mean() / self.episodes, self.episodes
-        variance = max(0, self.squares[name] / n - mean**2) * n / (n - 1) if n > 1 else np.nan
-        return 1.96 * np.sqrt(variance / n)
-
-    def add_features(self, name: str, features: torch.Tensor) -> None:
-        self.features.setdefault(name, Statistics(features.shape[1])).add(features)
-
-    def merge(self, other: "Tally") -> None:
-        self.episodes += other.episodes
-        for name, row in other.sums.items():
-            self.sums[name] = self.sums.get(name, 0) + row
-            self.squares[name] = self.squares.get(name, 0) + other.squares[name]
-        for name, found in other.features.items():
-            ours = self.features.setdefault(name, Statistics(len(found.mean)))
-            ours.merge(found.count, found.mean, found.scatter)
-
-    def state(self) -> dict:
-        return {"batches": self.batches, "episodes": self.episodes,
-                "sums": {name: torch.from_numpy(row) for name, row in self.sums.items()},
-                "squares": self.squares,
-                "features": {name: (found.count, found.mean, found.scatter) for name,
-                           found in self.features.items()}}
-
-    @classmethod
-    def from_state(cls, state: dict) -> "Tally":
-        tally = cls(state["batches"], state["episodes"],
-                    {name: row.numpy() for name, row in state["sums"].items()},
-                    state["squares"])
-        for name, found in state["features"].items():
-            tally.features[name] = Statistics(len(found[1]))
-            tally.features[name].merge(*found)
-        return tally
+# Metric -> its value at every frame of every episode [N, T]; and of a network that compares sets,
+# "fid, true" and so on -> features [frames or videos, size].
+Scores = dict[str, np.ndarray]
 
 
 def read_batches(episodes: Episodes, frames: int, batch: int, config: ModelConfig,
-                 numbers: range | None = None
+                 numbers: Sequence[int] | None = None
                  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The first frames [B, T, H, W, 3] of episodes at a model's size, and the actions [B, T, A]
     taken at them.
@@ -164,68 +114,72 @@ def rollout_batch(world: WorldModel, frames: np.ndarray, actions: np.ndarray,
     return np.concatenate([given, predicted], axis=1)
 
 
-def score(tally: Tally, imagined: np.ndarray, truth: np.ndarray, given: np.ndarray,
-          networks: dict[str, FeatureNetwork], dataset: DataSet) -> None:
-    """Add a batch uint8 [B, T, H, W, 3]; given [B, 1, H, W, 3] is the last frame before it."""
+def score(imagined: np.ndarray, truth: np.ndarray, given: np.ndarray,
+          networks: dict[str, FeatureNetwork], dataset: DataSet) -> Scores:
+    """Of a batch uint8 [B, T, H, W, 3]; given [B, 1, H, W, 3] is the last frame before it."""
+    scores: Scores = {}
     if dataset.fit == "pad" and not dataset.compare_at:
         # published with the black bars, which are easy to predict
         inner = cut_bars(imagined, dataset.aspect), cut_bars(truth, dataset.aspect)
         if inner[0].shape != imagined.shape:
-            tally.add({"psnr without bars": psnr(*inner)})
+            scores["psnr without bars"] = psnr(*inner)
     imagined, truth, given = (for_metrics(clips, dataset.aspect, dataset.compare_at)
                               for clips in (imagined, truth, given))
-    tally.add({"psnr": psnr(imagined, truth), "ssim": ssim(imagined, truth),
+    scores |= {"psnr": psnr(imagined, truth), "ssim": ssim(imagined, truth),
                "psnr of repeating": psnr(given, truth),
                "colour shift": colour_shift(imagined, given),
                "true colour shift": colour_shift(truth, given),
-               "sharpness": sharpness(imagined), "true sharpness": sharpness(truth)})
+               "sharpness": sharpness(imagined), "true sharpness": sharpness(truth)}
     B, T = truth.shape[:2]
+    pictures = {"imagined": imagined.reshape(B * T, *truth.shape[2:]),
+                "true": truth.reshape(B * T, *truth.shape[2:])}
     if "lpips" in networks:
-        ours, theirs = (networks["lpips"](clips.reshape(B * T, *clips.shape[2:]))
-                        for clips in (imagined, truth))
-        tally.add({"lpips": (ours - theirs).square().sum(dim=1).view(B, T).cpu().double().numpy()})
+        ours, theirs = (networks["lpips"](those) for those in pictures.values())
+        scores["lpips"] = (ours - theirs).square().sum(dim=1).view(B, T).cpu().double().numpy()
     for whose, clips in (("imagined", imagined), ("true", truth)):
         if "fid" in networks:
-            pictures = clips.reshape(B * T, *clips.shape[2:])
-            tally.add_features(f"fid, {whose}", networks["fid"](pictures))
+            scores[f"fid, {whose}"] = networks["fid"](pictures[whose]).cpu().numpy()
         if "fvd" in networks:
-            tally.add_features(f"fvd, {whose}", networks["fvd"](clips))
-    tally.episodes += B
+            scores[f"fvd, {whose}"] = networks["fvd"](clips).cpu().numpy()
+    return scores
 
 
 def evaluate(world: WorldModel, episodes: Episodes, frames: int, context_frames: int,
              batch: int = 8, nar: bool = False, networks: dict[str, FeatureNetwork] | None = None,
-             partial: Path | None = None, settings: dict | None = None, rank: int = 0,
-             processes: int = 1, shuffled: bool = False) -> Tally:
-    """Roll out this process's share of the batches. With `partial`, resume from that file where its
-    settings are these. shuffled: once more, each under the actions of the next episode."""
-    tally = Tally()
-    if partial and partial.exists():
-        saved = read_checkpoint(partial)
-        if saved.get("settings") == settings:
-            with reading(partial, CheckpointError):
-                tally = Tally.from_state(saved["tally"])
-            print(f"going on after {tally.batches} batches ({partial})")
-    mine = range(rank, -(-len(episodes) // batch), processes)[tally.batches :]
-    batches = read_batches(episodes, frames, batch, world.model.config, mine)
-    for b, (truth, actions) in tqdm(zip(mine, batches, strict=True), total=len(mine), unit="batch",
+             folder: Path | None = None, rank: int = 0, processes: int = 1, shuffled: bool = False
+             ) -> Scores:
+    """Roll out all batches, this process its share of them, and score them.
+
+    folder    where the scores of batches are kept; those that are there already are not made again
+    shuffled  once more, each under the actions of the next episode
+    """
+    numbers, done = range(-(-len(episodes) // batch)), {}
+    mine = numbers[rank::processes]
+    todo = [b for b in mine if not (folder and (folder / f"{b}.npz").exists())]
+    if len(todo) < len(mine):
+        print(f"going on after {len(mine) - len(todo)} batches ({folder})")
+    batches = read_batches(episodes, frames, batch, world.model.config, todo)
+    for b, (truth, actions) in tqdm(zip(todo, batches, strict=True), total=len(todo), unit="batch",
                                     disable=None if rank == 0 else True):
         imagined = rollout_batch(world, truth, actions[:, :-1], context_frames, nar)
         # without autoregression one frame is given, however many the others get
         first = 1 if nar else context_frames
-        score(tally, imagined[:, first:], truth[:, first:], truth[:, first - 1 : first],
-              networks or {}, episodes.dataset)
+        done[b] = score(imagined[:, first:], truth[:, first:], truth[:, first - 1 : first],
+                        networks or {}, episodes.dataset)
         if shuffled:
             following = np.arange(b * batch, b * batch + len(truth)) + 1
             others = [episodes[i].open(0, frames)[1] for i in following % len(episodes)]
             misled = rollout_batch(world, truth, np.stack(others)[:, :-1], context_frames, nar)
             misled, truth = (for_metrics(clips[:, first:], episodes.dataset.aspect,
                                          episodes.dataset.compare_at) for clips in (misled, truth))
-            tally.add({"psnr under other actions": psnr(misled, truth)})
-        tally.batches += 1
-        if partial:
-            save(partial, {"settings": settings, "tally": tally.state()})
-    return tally
+            done[b]["psnr under other actions"] = psnr(misled, truth)
+        if folder:
+            np.savez(partial := folder / f"{b}.partial.npz", **done[b])
+            partial.replace(folder / f"{b}.npz")
+    if folder:
+        wait_for_all()
+        done = {b: dict(np.load(folder / f"{b}.npz")) for b in numbers}
+    return {name: np.concatenate([done[b][name] for b in numbers]) for name in done[0]}
 
 
 def open_held_out(settings: WorldSettings, world: WorldModel) -> Episodes:
@@ -263,32 +217,36 @@ def complete(settings: Settings) -> None:
                            "--frames")
 
 
-def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> None:
+def report(scores: Scores, settings: Settings, world: WorldModel, out: Path) -> None:
     """The results as JSON, as a Markdown table, and as curves over frames."""
-    by_frame = {name: row / tally.episodes for name, row in tally.sums.items()}
+    by_frame = {name: rows.mean(axis=0) for name, rows in scores.items() if "," not in name}
     result = {name: float(row.mean()) for name, row in by_frame.items()}
     reasons = {"lpips": "no --lpips network", "fid": "no --inception network",
                "fvd": "no --i3d network"}
     caveats = {}
     for name, what in (("fid", "frames"), ("fvd", "videos")):
-        if f"{name}, true" not in tally.features:
+        if f"{name}, true" not in scores:
             continue
-        found = tally.features[f"{name}, true"]
-        if found.count < 2:
+        ours, theirs = (scores[f"{name}, {whose}"] for whose in ("imagined", "true"))
+        if len(theirs) < 2:
             reasons[name] = f"one of the {what} has no covariance"
             continue
-        result[name] = frechet_distance(tally.features[f"{name}, imagined"], found)
-        if found.count < ENOUGH:
-            caveats[name] = (f", of {found.count} {what}: too few to be compared with published "
+        result[name] = frechet_distance(torch.from_numpy(ours), torch.from_numpy(theirs))
+        if len(theirs) < ENOUGH:
+            caveats[name] = (f", of {len(theirs)} {what}: too few to be compared with published "
                              f"figures (at least {ENOUGH}, and as many as theirs)")
+    number = len(scores["psnr"])
     together = "all frames together, " if settings.nar else ""
-    lines = [f"{tally.episodes} held-out episodes of {settings.data}, {settings.frames} frames, "
+    lines = [f"{number} held-out episodes of {settings.data}, {settings.frames} frames, "
              f"{settings.context_frames} given; {together}{world.sampling}", "",
              "| metric | value ± 95 % over episodes | |", "| --- | --- | --- |"]
     for name, better in BETTER.items():
         value = f"absent | {reasons.get(name)}"
         if name in result:
-            spread = f" ± {tally.interval(name):.3f}" if name in by_frame else ""
+            spread = ""
+            if name in by_frame:
+                spread = 1.96 * deviation(scores[name].mean(axis=1)) / number**0.5
+                spread = f" ± {spread:.3f}"
             value = f"{result[name]:.3f}{spread} | {better}{caveats.get(name, '')}"
         lines.append(f"| {name.upper()} | {value} |")
     for name, words in (("of repeating", "of repeating the last given frame"),
@@ -309,8 +267,8 @@ def report(tally: Tally, settings: Settings, world: WorldModel, out: Path) -> No
     (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps(
         {"settings": asdict(settings), "sampling": asdict(world.sampling),
-         "episodes": tally.episodes,
-         "result": result, "absent": [name for name in BETTER if name not in result],
+         "episodes": number, "result": result,
+         "absent": [name for name in BETTER if name not in result],
          "by_frame": {name: row.tolist() for name, row in by_frame.items()}}, indent=1),
         encoding="utf-8")
     for name in ("psnr", "ssim", "lpips", "colour shift", "sharpness"):
@@ -330,21 +288,16 @@ def run(settings: Settings) -> None:
     world = settings.load_world(device, guidance=settings.guidance, guidance_levels=levels)
     episodes = open_held_out(settings, world)
     shuffled = world.model.config.small if settings.shuffled is None else settings.shuffled
-    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
-    partial = out / f"partial_{rank}_of_{processes}.pt"
-    tally = evaluate(world, episodes, settings.frames, settings.context_frames, settings.batch,
-                     settings.nar, networks, partial, asdict(settings), rank, processes,
-                     shuffled and len(episodes) > 1)
-    if processes > 1:
-        tallies: list = [None] * processes
-        dist.all_gather_object(tallies, tally.state())
-        tally = Tally.from_state(tallies[0])
-        for other in tallies[1:]:
-            tally.merge(Tally.from_state(other))
-        leave_processes()
+    known = zlib.crc32(json.dumps(asdict(settings)).encode())  # other settings, another folder
+    (partial := Path(settings.out) / f"partial_{known:08x}").mkdir(parents=True, exist_ok=True)
+    scores = evaluate(world, episodes, settings.frames, settings.context_frames, settings.batch,
+                      settings.nar, networks, partial, rank, processes,
+                      shuffled and len(episodes) > 1)
+    wait_for_all()  # until everybody has read what is about to go
+    leave_processes()
     if rank == 0:
-        report(tally, settings, world, out)
-    partial.unlink(missing_ok=True)
+        report(scores, settings, world, Path(settings.out))
+        shutil.rmtree(partial)
 
 
 main = program(__name__, "evaluate", run, Settings, "Measure predictions on held-out episodes.",

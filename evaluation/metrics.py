@@ -84,50 +84,25 @@ def sharpness(frames: np.ndarray) -> np.ndarray:
 # Set against set
 
 
-class Statistics:
-    """Mean and covariance of feature vectors that come in batches, in constant memory."""
-
-    def __init__(self, size: int):
-        self.count = 0
-        self.mean = torch.zeros(size, dtype=torch.float64)
-        self.scatter = torch.zeros(size, size, dtype=torch.float64)  # Σ (x - mean)(x - mean)ᵀ
-
-    def add(self, features: Tensor) -> None:  # [N, size]
-        features = features.cpu().double()
-        mean = features.mean(dim=0)
-        self.merge(len(features), mean, (features - mean).T @ (features - mean))
-
-    def merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Add the statistics of another set (Chan et al. 1979): its scatter matrix, and the scatter
-        between the two means."""
-        apart, total = mean - self.mean, self.count + count
-        between = torch.outer(apart, apart) * (self.count * count / total)
-        self.scatter = self.scatter + scatter + between
-        self.mean = self.mean + apart * (count / total)
-        self.count = total
-
-    @property
-    def covariance(self) -> Tensor:
-        return self.scatter / (self.count - 1)
-
-
 ENOUGH = 256  # videos or frames below which a distance of sets is mostly noise
 
 
-def frechet_distance(ours: Statistics, theirs: Statistics) -> float:
-    """|μ₁ - μ₂|² + tr(C₁ + C₂ - 2 (C₁ C₂)^½), squared distance of two Gaussians (Dowson and Landau
-    1982).
+def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
+    """Of two sets of feature vectors [N, size], as Gaussians: |μ₁ - μ₂|² + tr(C₁ + C₂ - 2 (C₁
+    C₂)^½), their squared distance (Dowson and Landau 1982).
 
     C₁ C₂ has the eigenvalues of the symmetric C₁^½ C₂ C₁^½, whose root is safe to take even where
     covariances are singular. Raises ValueError for fewer than two vectors on either side.
     """
-    if min(ours.count, theirs.count) < 2:
+    if min(len(ours), len(theirs)) < 2:
         raise ValueError("a covariance needs at least two feature vectors on each side")
-    values, vectors = torch.linalg.eigh(ours.covariance)
+    ours, theirs = ours.double(), theirs.double()
+    c1, c2 = torch.cov(ours.T), torch.cov(theirs.T)
+    values, vectors = torch.linalg.eigh(c1)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ theirs.covariance @ root).clamp(min=0).sqrt().sum()
-    apart = (ours.mean - theirs.mean).square().sum()
-    return float(apart + ours.covariance.trace() + theirs.covariance.trace() - 2 * cross)
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+    apart = (ours.mean(0) - theirs.mean(0)).square().sum()
+    return float(apart + c1.trace() + c2.trace() - 2 * cross)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -33,11 +33,10 @@ Paper: Algorithm 3, Figure 4.
 """
 import csv
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +46,7 @@ from tqdm import tqdm
 
 from data import SAMPLES, bundled_world, fit_frames, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
+from evaluation.comparison import kept
 from evaluation.evaluate import RepeatLastFrame, WorldSettings
 from evaluation.intervals import wilson
 from evaluation.readers import FrameReader
@@ -55,13 +55,15 @@ from model.vid2world import Model, ModelConfig
 from sample import WorldModel, load_world
 from support.errors import CheckpointError, DataError, RequestError, reading
 from support.options import option, program
-from support.pictures import save_scatter, save_strip
+from support.pictures import save_curves, save_strip
 
 POLICIES, STARTS = CHECKPOINTS / "policies.pt", SAMPLES / "drawer_starts.npz"
 # The policies, each after so many steps of training: from one that never closes the drawer to one
 # that always does.
 MARKS = {f"{steps} steps": steps for steps in (40, 90, 120, 200, 4000)}
 HORIZON = 40  # frames that a policy has
+# settings, beside the sampling of the world, that rollouts depend on
+DECISIVE = ("checkpoint", "policy", "verifier", "data", "root", "horizon", "seed")
 CLOSED = 0.02  # metres: a drawer that is open by less is closed
 UNIT = 0.1  # metres, in which the success classifier counts
 
@@ -262,52 +264,30 @@ def open_policies(settings: Settings) -> tuple[dict[str, Policy], Verifier]:
             for name, network in networks.items()}, verifier
 
 
-# Settings, beside the sampling of the world, that rollouts depend on.
-DECISIVE = ("checkpoint", "policy", "verifier", "data", "root", "horizon", "seed")
+def successes(trial: Trial, name: str, policy: Policy, verifier: Verifier, starts: np.ndarray,
+              settings: Settings) -> np.ndarray:
+    """bool [starts], of one policy in one world, kept batch by batch; and a strip of a success and
+    one of a failure, where there are any."""
+    out, succeeded, size = Path(settings.out), [], settings.batch
+    # a checkpoint or a policy that was trained further is another one
+    paths = map(Path, [checkpoint_file(world_of(settings)), *(settings.policy or [POLICIES])])
+    chosen = {key: getattr(settings, key) for key in DECISIVE} | {
+        "written": [path.stat().st_mtime_ns for path in paths if path.exists()]}
 
-
-class Judgement:
-    """Which rollouts succeed. Verdicts are kept in a file, batch by batch, so that an interrupted
-    run resumes."""
-
-    def __init__(self, settings: Settings, verifier: Verifier, starts: np.ndarray):
-        self.settings, self.verifier, self.starts = settings, verifier, starts
-        self.out = Path(settings.out)
-        # a checkpoint or a policy that was trained further is another one
-        paths = map(Path, [checkpoint_file(world_of(settings)), *(settings.policy or [POLICIES])])
-        self.written = [path.stat().st_mtime_ns for path in paths if path.exists()]
-        self.file = self.out / "successes.json"
-        self.known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-
-    def successes(self, trial: Trial, name: str, policy: Policy) -> np.ndarray:
-        """bool [starts], of one policy in one world."""
-        succeeded, size = [], self.settings.batch
-        for first in tqdm(range(0, len(self.starts), size), unit="batch", leave=False,
-                          disable=None):
-            succeeded += self.judge(trial, name, policy, first)
-        return np.array(succeeded)
-
-    def judge(self, trial: Trial, name: str, policy: Policy, first: int) -> list[bool]:
-        """The same, of one batch."""
-        starts = self.starts[first : first + self.settings.batch]
-        place = json.dumps([trial.title, name, first, len(starts), self.written, {
-            key: value for key, value in asdict(self.settings).items() if key in DECISIVE}])
-        if place not in self.known:
-            videos = rollout_policy(trial.make(), policy, starts, trial.shuffled,
-                                    self.settings.horizon)
-            success = np.asarray(self.verifier(videos)).astype(bool)
-            self.show_examples(trial, name, videos, success)
-            self.known[place] = success.tolist()
-            self.file.write_text(json.dumps(self.known), encoding="utf-8")
-        return self.known[place]
-
-    def show_examples(self, trial: Trial, name: str, videos: np.ndarray, success: np.ndarray
-                      ) -> None:
-        """A strip of a success and one of a failure, where there are any."""
+    def judge(batch: np.ndarray) -> list[bool]:
+        videos = rollout_policy(trial.make(), policy, batch, trial.shuffled, settings.horizon)
+        success = np.asarray(verifier(videos)).astype(bool)
         for label, those in (("success", success), ("failure", ~success)):
             if those.any():
-                path = self.out / f"{file_name(f'{trial.title} {name} {label}')}.png"
+                path = out / f"{file_name(f'{trial.title} {name} {label}')}.png"
                 save_strip(path, {label: videos[those.argmax()][::4]}, columns=11)
+        return success.tolist()
+
+    for first in tqdm(range(0, len(starts), size), unit="batch", leave=False, disable=None):
+        batch = starts[first : first + size]
+        path = out / "kept" / f"{file_name(f'{trial.title} {name} {first}')}.json"
+        succeeded += kept(path, chosen | {"starts": len(batch)}, partial(judge, batch))
+    return np.array(succeeded)
 
 
 HEAD = """| policy | success in the model | 95 % | in the simulator | 95 % | starts that agree |
@@ -325,14 +305,13 @@ def run(settings: Settings) -> None:
     for name in policies.keys() - true.keys() if settings.truth else ():
         raise DataError(f"{settings.truth} says nothing of {name}; it knows {', '.join(true)}")
     true = {name: true[name] for name in policies if name in true}
-    judgement = Judgement(settings, verifier, starts)
     agreement = ["| world | Pearson r | MMRV | largest difference (points), 95 % over starts |",
                  "| --- | --- | --- | --- |"]
     for trial in trials(model, settings):
         print(f"\n{trial.title}: {len(starts)} starts, {settings.horizon} frames\n\n" + HEAD)
         rates = {}
         for name, policy in policies.items():
-            rates[name] = judgement.successes(trial, name, policy)
+            rates[name] = successes(trial, name, policy, verifier, starts, settings)
             print(say_successes(name, rates[name], true.get(name)), flush=True)
         if true:
             agreement.append(compare(trial.title, rates, true, out))
@@ -363,12 +342,12 @@ def compare(title: str, rates: dict[str, np.ndarray], true: dict[str, np.ndarray
             ) -> str:
     """A row of Pearson r and MMRV over the policies whose true rates are known, and the plot."""
     ours, theirs = (np.array([side[name] for name in true]) for side in (rates, true))
-    points = {name: (theirs[i].mean(), ours[i].mean(),
-                     *wilson(int(rates[name].sum()), len(rates[name])))
-              for i, name in enumerate(true)}
-    save_scatter(out / f"figure4_{file_name(title)}.png", points, "success in the simulator",
-                 "success in the model")
     n = ours.shape[1]
+    points = {f"{name}, in the model": [(theirs[i].mean(), ours[i].mean(),
+                                         *wilson(int(ours[i].sum()), n))]
+              for i, name in enumerate(true)}
+    save_curves(out / f"figure4_{file_name(title)}.png", {"equal": [(0, 0), (1, 1)]} | points,
+                "success in truth")
     drawn = [agree(ours[:, picked], theirs[:, picked])
              for picked in np.random.default_rng(0).integers(n, size=(2000, n))]
     low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)

@@ -119,36 +119,11 @@ def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, ...]]]
         colour = COLOURS[i % len(COLOURS)]
         if len(points) > 1:
             draw.line([place(*point[:2]) for point in points], fill=colour, width=2)
+        else:
+            x, y = place(*points[0][:2])
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
         for x, _, *interval in points:
             if interval:
                 draw.line([place(x, y) for y in interval], fill=colour)
         draw.text((width - right + 10, top + 14 * i), label, fill=colour)
-    image.save(path)
-
-
-def save_scatter(path: str | Path, points: dict[str, tuple[float, float, float, float]],
-                 x_label: str, y_label: str) -> None:
-    """Labelled points (x, y, lowest y, highest y) between 0 and 1, and the diagonal."""
-    size, left, top = 420, 60, 20
-    image = Image.new("RGB", (left + size + 30, top + size + 50), "white")
-    draw = ImageDraw.Draw(image)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + x * size, top + (1 - y) * size
-
-    for i in range(6):
-        draw.line([place(i / 5, 0), place(i / 5, 1)], fill=FAINT)
-        draw.line([place(0, i / 5), place(1, i / 5)], fill=FAINT)
-        draw.text((place(i / 5, 0)[0] - 8, top + size + 6), f"{i / 5:g}", fill=INK)
-        draw.text((left - 26, place(0, i / 5)[1] - 6), f"{i / 5:g}", fill=INK)
-    draw.line([place(0, 0), place(1, 1)], fill=INK)
-    for i, (label, (x, y, low, high)) in enumerate(points.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        draw.line([place(x, low), place(x, high)], fill=colour, width=2)
-        across, down = place(x, y)
-        draw.ellipse((across - 5, down - 5, across + 5, down + 5), fill=colour)
-        beside = across + 8 if x < 0.8 else across - 8 - draw.textlength(label)
-        draw.text((beside, down - 6), label, fill=colour)
-    draw.text((left + size // 2 - 70, top + size + 26), x_label, fill=INK)
-    draw.text((left + 4, 4), y_label, fill=INK)
     image.save(path)

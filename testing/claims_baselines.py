@@ -450,10 +450,10 @@ def test_success_is_that_of_the_last_frame():
     closing[1, 1:] += 100  # was closed at the beginning
     network = SimpleNamespace(read=lambda frames: frames[..., 0, 0, :1] / 100 / policies.UNIT)
     verifier = policies.SuccessClassifier(network)
-    judgement = policies.Judgement(settings, verifier, starts)
     with mock.patch.object(policies, "rollout_policy", return_value=closing):
         trial = policies.Trial("a world", lambda: None)
-        assert judgement.successes(trial, "a policy", lambda frames: None).tolist() == [True, False]
+        assert policies.successes(trial, "a policy", None, verifier, starts, settings
+                                  ).tolist() == [True, False]
     frames, true = policies.read_starts(policies.Settings(), None)
     content = np.load(policies.STARTS)
     for name in policies.MARKS:  # the simulator's verdict as well

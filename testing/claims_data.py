@@ -720,8 +720,8 @@ def test_a_released_csgo_checkpoint_rolls_out():
         assert (out / "csgo_val0_guidance1.png").exists()
         world = sample.load_world(path, steps=1, guidance=1.0)
         episodes = open_episodes("csgo", root, "val")
-        tally = evaluate.evaluate(world, episodes, frames=6, context_frames=4)
-        assert tally.sums["psnr"].shape == (2,) and "psnr without bars" not in tally.sums
+        scores = evaluate.evaluate(world, episodes, frames=6, context_frames=4)
+        assert scores["psnr"].shape == (len(episodes), 2) and "psnr without bars" not in scores
     finally:
         sample.load_world, saving.from_vid2world = before, from_vid2world
 

@@ -62,21 +62,6 @@ def test_psnr_and_ssim_are_scikit_images():
         metrics.ssim(ours[:, :10], theirs[:, :10])
 
 
-def statistics_of(features: Tensor, batch: int = 7) -> metrics.Statistics:
-    statistics = metrics.Statistics(features.shape[1])
-    for chunk in features.split(batch):
-        statistics.add(chunk)
-    return statistics
-
-
-def test_streamed_statistics_are_those_of_two_passes():
-    features = torch.randn(100, 6, generator=torch.Generator().manual_seed(0),
-                           dtype=torch.float64) * 3 + 1000
-    statistics = statistics_of(features)
-    assert error_of(statistics.mean, features.mean(0)) < 1e-12
-    assert error_of(statistics.covariance, torch.cov(features.T)) < 1e-10
-
-
 def test_the_frechet_distance_is_the_formula_with_the_matrix_root():
     generator = torch.Generator().manual_seed(0)
     for count in (100, 5):  # 5 vectors of 8 numbers: singular covariances
@@ -89,11 +74,11 @@ def test_the_frechet_distance_is_the_formula_with_the_matrix_root():
         traces = torch.cov(a.T).trace() + torch.cov(b.T).trace()
         apart = (a.mean(0) - b.mean(0)).square().sum()
         formula = apart + traces - 2 * np.sqrt(eigenvalues).real.sum()
-        ours = metrics.frechet_distance(statistics_of(a), statistics_of(b))
+        ours = metrics.frechet_distance(a, b)
         assert abs(ours - float(formula)) < 1e-6 * float(formula), (count, ours, float(formula))
-        assert abs(metrics.frechet_distance(statistics_of(a), statistics_of(a))) < 1e-3
+        assert abs(metrics.frechet_distance(a, a)) < 1e-3
     with raises(ValueError, "at least two"):
-        metrics.frechet_distance(statistics_of(a[:1]), statistics_of(b))
+        metrics.frechet_distance(a[:1], b)
 
 
 def test_the_evaluation_command_measures_continues_and_shares():
@@ -116,7 +101,7 @@ def test_the_evaluation_command_measures_continues_and_shares():
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        right(*inputs)
+        return right(*inputs)
     evaluate.score = interrupted
     try:
         assert run_command(evaluate.main, *words, "--out", out / "halves")[0] == 130
@@ -126,6 +111,7 @@ def test_the_evaluation_command_measures_continues_and_shares():
     assert code == 0 and "going on after 2 batches" in printed
     halves = json.loads((out / "halves" / "result.json").read_text(encoding="utf-8"))
     assert halves["result"] == whole["result"]
+    assert not list((out / "halves").glob("partial*"))
 
     # Two processes share the batches, as torchrun would start them.
     command = [sys.executable, "-m", "evaluation.evaluate", *map(str, words), "--out",
@@ -163,10 +149,15 @@ def test_evaluation_gives_an_interval_and_what_other_actions_cost():
     painted = np.array([float(episodes[i].actions[0, 0]) for i in range(3)])
     true = painted + 1 + painted // 3 % 7
     own, other = (20 * np.log10(255 / abs(ours - true)) for ours in (painted, np.roll(painted, -1)))
-    tally = evaluate.evaluate(Painter(), episodes, 5, 1, batch=2, shuffled=True)
-    assert np.allclose(tally.sums["psnr"], own.sum()), (tally.sums, own)
-    assert np.allclose(tally.sums["psnr under other actions"], other.sum()) and len(set(own)) > 1
-    assert abs(tally.interval("psnr") - 1.96 * own.std(ddof=1) / 3**0.5) < 1e-6
+    scores = evaluate.evaluate(Painter(), episodes, 5, 1, batch=2, shuffled=True)
+    assert np.allclose(scores["psnr"], own[:, None]), (scores, own)
+    assert np.allclose(scores["psnr under other actions"], other[:, None]) and len(set(own)) > 1
+    said, settings = io.StringIO(), evaluate.Settings(context_frames=1)
+    world = SimpleNamespace(sampling=sample.Sampling())
+    with contextlib.redirect_stdout(said):
+        evaluate.report(scores, settings, world, folder())
+    line = f"{own.mean():.3f} ± {1.96 * own.std(ddof=1) / 3**0.5:.3f}"
+    assert f"| PSNR | {line} |" in said.getvalue(), said.getvalue()
 
 
 def test_a_mean_stands_with_its_bootstrap_interval_and_a_rate_with_wilsons():
@@ -188,19 +179,19 @@ def test_the_bundled_world_predicts_what_actions_do():
     episodes = open_episodes("rt1", SAMPLES, "val").select(np.arange(3))
     world = sample.load_world(TINY_WORLD, guidance=1.0, steps=2)
     (frames, actions), = evaluate.read_batches(episodes, 10, 3, world.model.config)
-    tally = evaluate.evaluate(world, episodes, frames=10, context_frames=1, batch=3)
-    right, repeating = (tally.sums[name].mean() / 3 for name in ("psnr", "psnr of repeating"))
+    scores = evaluate.evaluate(world, episodes, frames=10, context_frames=1, batch=3)
+    right, repeating = (scores[name].mean() for name in ("psnr", "psnr of repeating"))
     others = evaluate.rollout_batch(world, frames, np.roll(actions, 1, axis=0)[:, :-1])
     misled = metrics.psnr(others, frames)[:, 1:].mean()
-    assert tally.sums["psnr"].shape == (9,)
+    assert scores["psnr"].shape == (3, 9)
     assert right > repeating + 4 and right > misled + 4, (right, repeating, misled)
 
 
 def test_the_bundled_game_beats_standing_still():
     episodes = open_episodes("csgo", SAMPLES, "val").select(np.array([0, 1, 2]))
     world = sample.load_world(ARENA_WORLD)
-    tally = evaluate.evaluate(world, episodes, frames=12, context_frames=4, batch=3)
-    imagined, repeating = (tally.sums[name].mean() / 3 for name in ("psnr", "psnr of repeating"))
+    scores = evaluate.evaluate(world, episodes, frames=12, context_frames=4, batch=3)
+    imagined, repeating = (scores[name].mean() for name in ("psnr", "psnr of repeating"))
     assert imagined > repeating + 2, (imagined, repeating)
 
 
@@ -436,14 +427,14 @@ def test_lpips_is_the_squared_distance_of_features_and_the_baseline_repeats_the_
 
     episodes = One([episode])
     number = lambda pictures: torch.tensor(pictures.reshape(len(pictures), -1)[:, :1]).double()
-    tally = evaluate.evaluate(world, episodes, 4, context_frames=2, networks={
+    scores = evaluate.evaluate(world, episodes, 4, context_frames=2, networks={
         "lpips": network, "fid": number, "fvd": number})
-    seen = {name: (found.count, found.mean.item()) for name, found in tally.features.items()}
+    seen = {name: (len(rows), rows.mean()) for name, rows in scores.items() if "," in name}
     assert seen == {"fid, imagined": (2, 1), "fid, true": (2, 2), "fvd, imagined": (1, 1),
                     "fvd, true": (1, 2)}
     # imagined: 1, 1; true: 2, 2; the last given: 1
-    assert tally.sums["lpips"].tolist() == [3**2 + 2**2] * 2
-    assert np.allclose(tally.sums["psnr of repeating"], 20 * np.log10(255))
+    assert scores["lpips"].tolist() == [[3**2 + 2**2] * 2]
+    assert np.allclose(scores["psnr of repeating"], 20 * np.log10(255))
 
 
 def test_transfers_and_ablations_are_compared():

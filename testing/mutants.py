@@ -267,7 +267,7 @@ FAULTS = {
         ("getattr(model, name)[:] = values", "pass", "views wander off from episode to episode"),
     ],
     # ------------------------------------------------------------------------------- measurements
-    ("evaluation/metrics.py", "psnr_and_ssim frechet statistics lpips drift"): [
+    ("evaluation/metrics.py", "psnr_and_ssim frechet lpips drift"): [
         ("frames.mean(axis=(-3, -2)) - given.mean", "frames.mean(axis=(-3, -2)) - frames.mean",
          "no colour ever shifts"),
         ("+ np.abs(np.diff(pixels, axis=-3)).mean(axis=(-3, -2, -1))) / 2", ") / 2",
@@ -286,11 +286,10 @@ FAULTS = {
          "LPIPS without the square"),
         ("np.arange(b * batch, b * batch + len(truth)) + 1",
          "np.arange(b * batch, b * batch + len(truth))", "the other actions are an episode's own"),
-        ("max(0, self.squares[name] / n - mean**2) * n / (n - 1)",
-         "max(0, self.squares[name] / n - mean**2)", "the interval is one of a whole population"),
-        ("tally.add_features(f\"fid, {whose}\", networks[\"fid\"](pictures))",
-         "tally.add_features(f\"fid, {whose}\", networks[\"fid\"](pictures[:1]))",
+        ("/ number**0.5", "/ number", "the interval shrinks with the number of episodes"),
+        ("networks[\"fid\"](pictures[whose])", "networks[\"fid\"](pictures[whose][:1])",
          "FID sees one frame of a batch"),
+        ("mine = numbers[rank::processes]", "mine = numbers[rank:]", "processes do all twice"),
         ("result = {name: float(row.mean())", "result = {name: float(row[-1])",
          "the result is that of the last frame"),
     ],

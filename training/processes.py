@@ -34,6 +34,11 @@ def across_processes(loss: float, stop: bool, device: torch.device) -> tuple[flo
     return both[0].item() / dist.get_world_size(), both[1].item() > 0
 
 
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def leave_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

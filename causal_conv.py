@@ -85,7 +85,7 @@ class TemporalConv(nn.Conv3d):
             return stream_conv(self, x, cache)
         x = F.pad(x, (0, 0, 0, 0, *self.pad_frames))  # zeros before the first frame
         # As a 2-D convolution over (time, pixel): the 3-D one takes 1.3 to 1.7 times as long in
-        # training (CPU, `python -m evaluation.speed --layers`).
+        # training (CPU, `python -m testing.speed --layers`).
         y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias)  # [B, C, T, H·W]
         return y.unflatten(3, x.shape[3:])
 

@@ -393,22 +393,22 @@ LEAK_TEST = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
                        context_dim=16)
 
 
-def leaks(scope: str, frames: int = 4, config: UNetConfig = LEAK_TEST,
-          pixels: int = 8) -> list[float]:
+def leaks(scope: str) -> list[float]:
     """By what share of its norm each frame's output moves when only the last input frame changes.
 
     The network is causal except for norms of this scope. Its weights are random everywhere: the
     zeros of a new network would hide a leak.
     """
     torch.manual_seed(0)
-    network = UNet(replace(config, causal=True, norm_scope=scope)).eval()
+    config, T = replace(LEAK_TEST, causal=True, norm_scope=scope), 4
+    network = UNet(config).eval()
     for weight in network.parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
-    x, other = torch.randn(2, 1, frames, config.in_channels, pixels, pixels)
+    x, other = torch.randn(2, 1, T, config.in_channels, 8, 8)
     other[:, :-1] = x[:, :-1]
     k, text = torch.full((1,), 300), torch.randn(1, 77, config.context_dim)
-    image = torch.randn(1, frames, 16, config.context_dim)
+    image = torch.randn(1, T, 16, config.context_dim)
     before, after = (network(clip, k, text, image)[0].flatten(1) for clip in (x, other))
     return ((after - before).norm(dim=1) / before.norm(dim=1)).tolist()
 

@@ -37,7 +37,7 @@ def bf16_is_emulated(device: torch.device) -> bool:
 
 def math_attention_on_cpu(device: torch.device, bf16: bool, small: bool) -> AbstractContextManager:
     """Within it, a small network in bfloat16 on a CPU trains with explicit attention: the fused
-    kernel's backward pass takes several times as long there (`python -m evaluation.speed
+    kernel's backward pass takes several times as long there (`python -m testing.speed
     --layers`). A large network cannot spare the memory for it."""
     written_out = device.type == "cpu" and bf16 and small
     return sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext()

@@ -155,7 +155,7 @@ def stream_attention(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, cache: C
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Attention of few queries to all frames. A single one sees every frame and needs no mask; with
-    a mask, written out is faster than the fused kernel (`python -m evaluation.speed --layers`)."""
+    a mask, written out is faster than the fused kernel (`python -m testing.speed --layers`)."""
     if len(visible) == 1:
         return F.scaled_dot_product_attention(q, k, v)
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # [N, heads, T, past + T]

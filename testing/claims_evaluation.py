@@ -21,12 +21,13 @@ from bundled.bundle_checkpoint import bundle_base, bundle_world
 from bundled.tune_decoder import tune_decoder
 from data import DATA_SETS, SAMPLES, open_episodes
 from dynamicrafter.checkpoint import read_checkpoint
-from evaluation import (ablations, baselines, causality, comparison, contact, controllability,
-                        evaluate, futures, game, intervals, metrics, policies, speed, transfers)
+from evaluation import (ablations, baselines, comparison, contact, controllability, evaluate,
+                        futures, game, intervals, metrics, policies, transfers)
 from model.saving import (ARENA_WORLD, TINY_BASE, TINY_WORLD, from_dynamicrafter, load_model)
 from model.vid2world import PRESETS
 from play import __main__ as play
 from support.errors import DataError
+from testing import speed
 from testing.commands import folder, free_port, raises, refused, run_command
 from testing.episodes import (make_episode, make_rt1)
 from testing.golden import (error_of)
@@ -513,7 +514,7 @@ def test_measurements_refuse_what_they_cannot_measure():
     refused(controllability.main, "--data", "bridge", saying="no bridge in datasets")
     refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")
     for main, name in ((ablations.main, "seeds"), (baselines.main, "episodes"),
-                       (causality.main, "frames"), (contact.main, "batch"),
+                       (contact.main, "batch"),
                        (game.main, "reader-steps"), (policies.main, "horizon"),
                        (speed.main, "rounds"), (transfers.main, "clips")):
         for number in (0, -1):

@@ -1,4 +1,4 @@
-"""How fast it is, in ratios measured in one run: python -m evaluation.speed --size small
+"""How fast it is, in ratios measured in one run: python -m testing.speed --size small
 
     small   64 channels, 16×20 latents: the size at which ratios are measured
     tiny    what train.py makes from scratch          full   DynamiCrafter-512, 320×512

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from episodes import csgo, tfrecord
+from episodes import csgo, recon, tfrecord
 from episodes.actions import Key, describe_by_keys, describe_by_names
 from episodes.formats import episode_name, format_of
 from episodes.frames import augment, fit_frames
@@ -121,6 +121,12 @@ DATA_SETS = {
         fps=16, conditioning_fps=3, aspect=(150, 280), context_frames=4, compare_at=(150, 280),
         world=ARENA_WORLD, keys=csgo.KEYS, rest=csgo.REST, mouse=csgo.MOUSE,
         describe=csgo.describe),
+    # A robot that drives outdoors: motion ahead and to the left in metres, turn in radians.
+    "recon": DataSet(
+        shards="jackal", files=r"\.hdf5$", expected="jackal_*.hdf5 files", image=recon.IMAGE,
+        actions=(("motion", 3),), held_out=2367, details=recon.details, fps=4, aspect=(1, 1),
+        context_frames=4, compare_at=(224, 224), names=("ahead", "left", "turn"),
+        keys=recon.KEYS),
     # Your own: what is not said here is read from the files (episodes/own.py).
     "folder": DataSet(
         files=r"^actions\.npy$|\.npz$", standardise=True, details=describe_folder,

@@ -1147,6 +1147,17 @@ def test_the_whole_path_trains_resumes_and_rolls_out():
     ours, theirs = load_model(whole).state_dict(), load_model(halves).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
+    # the step of the lowest held-out loss is kept beside the last, and is a world as well
+    vals = iter([0.5, 0.3, 0.4, 0.2])
+    with mock.patch.object(train, "validate", lambda *_: {"val": next(vals)}):
+        for more, best in ((["--steps", 7], 6), (["--steps", 8], 8)):
+            code, printed = run_command(train.main, "--resume", "--out", halves, "--set",
+                                        "val_every=1", *more)
+            kept = read_checkpoint(halves / "best.pt")
+            assert code == 0 and kept["step"] == best and "optimizer" not in kept, printed
+            assert ("best.pt is the world then" in printed) == (best == 6), printed
+    assert load_model(halves / "best.pt").config == load_model(halves).config
+
     refused(train.main, *train_words(root, whole), saying="holds a run: --resume")
     out = folder()
     code, printed = run_command(sample.main, "--checkpoint", whole, "--steps", 2, "--frames", 6,

@@ -145,7 +145,7 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
     recorder = None
     if rank == 0 or settings.shard:  # a sharded network validates and saves with all processes
         validation = partial(validate, model, held_out, settings, loss_class)
-        recorder = Recorder(settings, model, optimizer, held_out, validation, start, claim)
+        recorder = Recorder(settings, model, optimizer, held_out, validation, saved, claim)
     if settings.bf16:
         frozen_to_bf16(model)
     if model.config.small and device.type == "cpu" and not clips.augment:

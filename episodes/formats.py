@@ -10,12 +10,14 @@ image and actions say what a data set calls them. Both functions raise DataError
 from pathlib import Path
 from types import ModuleType
 
-from episodes import hdf5, npz, pictures, tfrecord
+from episodes import hdf5, npz, pictures, recon, tfrecord
 
 FORMATS = {".npz": npz, ".npy": pictures, ".hdf5": hdf5}  # all others are TFRecord
 
 
 def format_of(path: Path) -> ModuleType:
+    if path.suffix == ".hdf5" and path.name.startswith("jackal"):
+        return recon
     return FORMATS.get(path.suffix, tfrecord)
 
 

@@ -1,7 +1,7 @@
 """LeRobot data sets, v2.1 and v3, to folders of pictures: python -m episodes.from_lerobot SRC DST
 
     pip install pyarrow av
-    python -m episodes.from_lerobot ~/lerobot/me/pick_cube my_robot --camera front
+    python -m episodes.from_lerobot ~/lerobot/me/pick_cube my_robot --camera front wrist
     python train.py --data folder --root my_robot
 
 v2.1 has a parquet file and a video per episode and camera. v3 has many episodes in one of either:
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from episodes.video import frames_at, import_av
-from episodes.writing import Source, rows_of, write_episodes
+from episodes.writing import Source, rows_of, side_by_side, write_episodes
 from support.errors import DataError, UserError, reading
 from support.options import argument, option, program
 from support.schema import conform
@@ -29,7 +29,8 @@ from support.schema import conform
 class Settings:
     src: str = argument("the data set: a folder with meta/info.json")
     dst: str = argument("folder for the episodes")
-    camera: str | None = option(None, "which camera, by its key or the end of it")
+    camera: list[str] | None = option(None, "which camera, by its key or the end of it; several "
+                                            "stand side by side", nargs="+")
     action: str = option("action", "key of the actions")
 
 
@@ -230,20 +231,26 @@ def number_names(feature: Feature) -> list[str]:
 def convert(settings: Settings) -> None:
     src = Path(settings.src).expanduser()
     info = read_info(src)
-    camera = choose_camera(info, settings.camera)
+    cameras = [choose_camera(info, wanted) for wanted in settings.camera or [None]]
     if settings.action not in info.features:
         raise DataError(f"there is no {settings.action!r}; there are {', '.join(info.features)}")
     import_pyarrow()
-    if info.features[camera].dtype == "video":
+    if any(info.features[camera].dtype == "video" for camera in cameras):
         import_av()
-    episodes = list_episodes(src, info, camera)
+    episodes = list(zip(*(list_episodes(src, info, camera) for camera in cameras), strict=True))
+
+    def read(seen: tuple[dict, ...]) -> tuple[Iterable, np.ndarray]:
+        pictures, actions = zip(*(
+            read_episode(src, episode, camera, settings.action, info.fps)
+            for episode, camera in zip(seen, cameras, strict=True)), strict=True)
+        return side_by_side(pictures), actions[0]
+
     sources: Iterable[Source] = (
-        (f"episode_{episode['index']:06d}",
-         partial(read_episode, src, episode, camera, settings.action, info.fps))
-        for episode in episodes)
+        (f"episode_{seen[0]['index']:06d}", partial(read, seen)) for seen in episodes)
     names = number_names(info.features[settings.action])
     said = {"fps": info.fps} | ({"names": names} if names else {})
-    origin = {"src": str(src.resolve()), "camera": camera, "action": settings.action}
+    origin = {"src": str(src.resolve()), "action": settings.action,
+              "camera": cameras if len(cameras) > 1 else cameras[0]}
     write_episodes(sources, len(episodes), Path(settings.dst), said, origin)
 
 

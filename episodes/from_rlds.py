@@ -16,7 +16,7 @@ import numpy as np
 from episodes.index import find_files, list_files
 from episodes.tfrecord import (feature_bytes, feature_numbers, parse_example, read_record,
                                walk_records)
-from episodes.writing import rows_of, write_episodes
+from episodes.writing import rows_of, side_by_side, write_episodes
 from support.errors import DataError, RequestError, reading
 from support.options import argument, option, program
 
@@ -25,7 +25,8 @@ from support.options import argument, option, program
 class Settings:
     src: str = argument("folder with TFRecord files, as TFDS wrote them")
     dst: str = argument("folder for the episodes")
-    image: str = option("steps/observation/image", "feature with the pictures")
+    image: list[str] = option(("steps/observation/image",), "features with pictures; several "
+                              "stand side by side", type=str, nargs="+")
     action: list[str] = option(("steps/action",), "features that make up an action, in order",
                                type=str, nargs="+")
     fps: float | None = option(None, "frames per second, which RLDS does not say", type=float)
@@ -53,21 +54,22 @@ def list_records(shards: list[Path]) -> list[tuple[Path, int, int, int]]:
     return records
 
 
-def read_episode(path: Path, offset: int, size: int, image: str, actions: list[str]
+def read_episode(path: Path, offset: int, size: int, images: list[str], actions: list[str]
                  ) -> tuple[Iterable, np.ndarray]:
     """The encoded pictures and the actions of a record. Raises DataError if they do not match."""
     example = parse_example(read_record(path, offset, size))
-    pictures, columns = feature_bytes(example, image), []
+    cameras, columns = [feature_bytes(example, image) for image in images], []
+    pictures = cameras[0]
     for name in PER_STEP:
         if name in example and len(feature_numbers(example, name)) != len(pictures):
-            raise DataError(f"it has {len(pictures)} pictures in {image}, and "
+            raise DataError(f"it has {len(pictures)} pictures in {images[0]}, and "
                             f"{len(feature_numbers(example, name))} steps ({name})")
     for name in actions:
         column = feature_numbers(example, name)
         if not len(pictures) or not len(column) or len(column) % len(pictures):
             raise DataError(f"it has {len(pictures)} pictures and {len(column)} numbers in {name}")
         columns.append(column.reshape(len(pictures), -1))
-    return pictures, rows_of(columns)
+    return side_by_side(cameras), rows_of(columns)
 
 
 def convert(settings: Settings) -> None:
@@ -80,13 +82,15 @@ def convert(settings: Settings) -> None:
     path, _, offset, size = records[0]
     with reading(path):
         first = parse_example(read_record(path, offset, size))
-    for name in [name for name in (settings.image, *settings.action) if name not in first]:
+    for name in [name for name in (*settings.image, *settings.action) if name not in first]:
         steps = sorted(feature for feature in first if feature.startswith("steps/"))
         raise DataError(f"there is no feature {name!r}; a step has {', '.join(steps)}")
     sources = (("_".join(path.relative_to(src).parts).replace(".tfrecord", "") + f"_{number:05d}",
-                partial(read_episode, path, offset, size, settings.image, list(settings.action)))
+                partial(read_episode, path, offset, size, list(settings.image),
+                        list(settings.action)))
                for path, number, offset, size in records)
-    origin = {"src": str(src.resolve()), "image": settings.image, "action": list(settings.action)}
+    origin = {"src": str(src.resolve()), "action": list(settings.action),
+              "image": settings.image[0] if len(settings.image) == 1 else list(settings.image)}
     write_episodes(sources, len(records), Path(settings.dst),
                    {"fps": settings.fps} if settings.fps else {}, origin)
 

@@ -158,7 +158,8 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
 
     held_out    episodes, at most an eighth of all, unless files named -val or -test are held out,
                 or the protocol names some
-    protocol    file with lines of a held-out file's name and the frame at which its episode begins
+    protocol    file with lines of a held-out file's name, and the frame at which its episode
+                begins, if it is not the first
     min_length  only episodes of so many frames are held out. What is held out among all is so
                 among the long ones too
 
@@ -171,7 +172,7 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
     named = np.array([bool(re.search(r"-(val|valid|validation|test)\b", path.name))
                       for path in paths])
     begins = read_protocol(protocol)
-    begin = np.array([begins.get(path.name, -1) for path in paths])
+    begin = np.array([begins.get(path.name, begins.get(path.stem, -1)) for path in paths])
     if named.any():
         validation = named[records[:, 0]]
     elif (begin >= 0).any():
@@ -195,4 +196,4 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
 def read_protocol(path: Path | None) -> dict[str, int]:
     """Held-out file -> the frame at which its episode begins."""
     rows = (line.split() for line in path.read_text(encoding="utf-8").splitlines()) if path else ()
-    return {name: int(first) for name, first in rows}
+    return {name: int(first[0]) if first else 0 for name, *first in rows}

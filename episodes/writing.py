@@ -7,7 +7,7 @@ exact: they keep the type that they had.
 """
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -82,6 +82,19 @@ def write_episode(folder: Path, pictures: Iterable, actions: np.ndarray) -> None
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def side_by_side(cameras: Sequence[Iterable]) -> Iterable:
+    """The pictures of one or more cameras as one each, all as high as the first's. What has fewer
+    pictures than another is refused where it ends."""
+    def join(pictures: Sequence) -> np.ndarray:
+        frames = [decode(picture) for picture in pictures]
+        height = frames[0].shape[0]
+        return np.concatenate([np.asarray(Image.fromarray(frame).resize(
+            (round(frame.shape[1] * height / frame.shape[0]), height))) for frame in frames],
+            axis=1)
+
+    return cameras[0] if len(cameras) == 1 else map(join, zip(*cameras, strict=True))
 
 
 def guarded(pictures: Iterable) -> Iterator:

@@ -32,7 +32,7 @@ from dynamicrafter.autoencoder import AutoencoderConfig
 from dynamicrafter.checkpoint import read_checkpoint, read_lightning
 from dynamicrafter.clip import ImageTowerConfig, TextTowerConfig
 from dynamicrafter.resampler import ResamplerConfig
-from episodes import from_lerobot, from_rlds, from_video, tfrecord
+from episodes import (from_lerobot, from_rlds, from_video, recon, show, tfrecord, writing)
 from episodes.csgo import csgo_action
 from episodes.csgo import describe as describe_csgo
 from episodes.crc32c import crc32c
@@ -697,6 +697,66 @@ def test_csgo_is_read_as_h5py_reads_it():
         open_episodes("csgo", root)
 
 
+def test_recon_is_a_drive_in_the_robots_own_frame():
+    needs("h5py")
+    import h5py
+    root = folder()
+    # from the origin, looking north: two metres ahead, a quarter to the left, one metre ahead, and
+    # a turn to the right across the end of the circle
+    place = np.array([[0, 0, 9], [0, 2, 9], [0, 2, 9], [-1, 2, 9], [-1, 2, 9]], float)
+    yaw = np.array([np.pi / 2, np.pi / 2, np.pi, np.pi, -np.pi + 0.1])
+    frames = [np.full((48, 64, 3), 40 * t, np.uint8) for t in range(5)]
+    for name in ("jackal_2019-08-02-16-23-29_0_r00", "jackal_b", "jackal_c"):
+        with h5py.File(root / f"{name}.hdf5", "w") as file:
+            pictures = file.create_dataset("images/rgb_left", 5, h5py.vlen_dtype(np.uint8))
+            for t, frame in enumerate(frames):
+                pictures[t] = np.frombuffer(encode_jpeg(frame), np.uint8)
+            file["jackal/position"], file["jackal/yaw"] = place, yaw[:, None]
+    (root / "test").mkdir()
+    (root / "test" / "traj_names.txt").write_text("jackal_b\n", encoding="utf-8")
+    train_set, held_out = (open_episodes("recon", root, split) for split in ("train", "val"))
+    assert [e.name for e in held_out] == ["jackal_b"] and len(train_set) == 2
+    assert train_set[0].length == 5 and train_set.dataset.action_dim == 3
+    expected = [[2, 0, 0], [0, 0, np.pi / 2], [1, 0, 0], [0, 0, 0.1], [0, 0, 0]]
+    assert np.allclose(train_set[0].actions, expected, atol=1e-6)
+    seen, taken = train_set[0].read(2, 4)
+    assert seen.shape == (2, 320, 320, 3) and abs(seen[0].mean() - 80) < 2
+    assert np.allclose(taken, expected[2:4], atol=1e-6)
+    sideways = recon.motions(np.array([[0, 0], [0, 1]]), np.array([0.0, 0.0]))
+    assert np.allclose(sideways, [[0, 1, 0]])
+    assert data.describe_action(train_set.dataset, train_set[0].actions[0]) == "ahead"
+    path = root / "jackal_c.hdf5"
+    path.write_bytes(path.read_bytes()[:1500])
+    assert open_episodes("recon", root, "train").damaged == 1
+    with h5py.File(path, "w") as file:
+        file["something"] = 1
+    with raises(DataError, "jackal_c.hdf5 does not hold this data set"):
+        open_episodes("recon", root)
+
+
+def test_a_recording_whose_rows_are_shifted_is_named():
+    pushed = open_episodes("rt1", SAMPLES, "train")
+    read = [pushed[i].read(0, 24) for i in range(40)]
+    for shift, words in ((0, "as it should be"), (1, "1 too late: row t led to picture t; move"),
+                         (-1, "rows come 1 too early")):
+        moved = [(frames, np.roll(actions, shift, axis=0)) for frames, actions in read]
+        assert words in (said := show.say_alignment(show.alignment(moved))), said
+    still = [(frames[:1].repeat(24, axis=0) + np.random.default_rng(0).integers(
+        0, 2, frames.shape, np.uint8), actions) for frames, actions in read]
+    assert "too little to say" in show.say_alignment(show.alignment(still))
+
+
+def test_what_is_read_is_shown():
+    root = make_pictures([12] * 16, width=3, fps=5, names=["up", "across", "idle"])
+    picture, = [folder() / "show.png"]
+    code, said = run_command(show.main, "--root", root, "--out", picture)
+    assert code == 0 and "14 episodes to train on, 2 held out; 12 to 12 frames" in said, said
+    assert re.search("pictures of .*, 5 a second", said), said
+    assert "| idle | 0 | 0 | 0 | 0 | never varies |" in said and "alignment: " in said
+    assert Image.open(picture).width > 500
+    refused(show.main, saying="needs the folder of your episodes")
+
+
 def test_a_released_csgo_checkpoint_rolls_out():
     needs("h5py")
     root, out = make_csgo(["hdf5_dm_july2021_3.hdf5"], frames=390), folder()
@@ -767,6 +827,16 @@ def test_a_lerobot_data_set_is_converted_frame_by_frame():
         shutil.rmtree(out / "episode_000001")
         assert run_command(from_lerobot.main, *words)[0] == 0
         assert len(open_episodes("folder", out)) == 3 and kept.stat().st_mtime_ns == stamp
+        code, output = run_command(from_lerobot.main, source, both := folder() / "both",
+                                   "--camera", "front", "wrist")
+        pairs = open_episodes("folder", both)
+        assert code == 0 and len(pairs) == 3, output
+        for pair, wrist in zip(pairs, open_episodes("folder", out), strict=True):
+            seen, width = pair.frames, wrist.frames.shape[2]
+            assert seen.shape[2] == 2 * width and np.array_equal(pair.actions, wrist.actions)
+            assert abs(seen[:, :, width:].astype(int) - wrist.frames).mean() < 4
+            assert [number(frame[:, width:]) for frame in seen] == [
+                number(frame) for frame in wrist.frames]
     refused(from_lerobot.main, source, out, "--camera", "top", saying="there is no camera 'top'")
     refused(from_lerobot.main, source, out, "--action", "act", saying="there is no 'act'")
     refused(from_lerobot.main, folder(), out, saying="is no LeRobot data set")
@@ -804,6 +874,21 @@ def test_an_rlds_data_set_of_any_schema_is_converted():
     for one, other in zip(theirs, ours, strict=True):
         assert np.array_equal(one.frames, other.frames)  # the same JPEG, byte for byte
         assert np.array_equal(one.actions[:, [10, 11, 12, 7, 8, 9]], other.actions)
+    views = ["--image", *["steps/observation/image"] * 2]
+    assert run_command(from_rlds.main, root, out.parent / "both", *words[4:], *views)[0] == 0
+    (pair, _), one = open_episodes("folder", out.parent / "both"), ours[0]
+    width = one.frames.shape[2]
+    for half in (pair.frames[:, :, :width], pair.frames[:, :, width:]):
+        assert abs(half.astype(int) - one.frames).mean() < 4
+    small, large = np.zeros((10, 8, 3), np.uint8), np.full((20, 30, 3), 9, np.uint8)
+    joined, = writing.side_by_side([[small], [large]])
+    assert joined.shape == (10, 8 + 15, 3) and (joined[:, 8:] == 9).all()
+    with raises(ValueError, "shorter"):
+        list(writing.side_by_side([[small, small], [large]]))
+    # folders beside each other are one data set
+    for part in ("morning", "evening"):
+        make_pictures([5] * 4, root=out.parent / "days" / part)
+    assert len(open_episodes("folder", out.parent / "days")) == 8
     refused(from_rlds.main, root, out, "--image", "steps/picture",
             saying="no feature 'steps/picture'; a step has steps/action/base_displacement_vector")
 

@@ -221,6 +221,26 @@ FAULTS = {
          "tuning a decoder moves the latents"),
     ],
     # --------------------------------------------------------------------------------------- data
+    ("training/recorder.py", "whole_path"): [
+        ('held_out["val"] < self.lowest', "held_out", "the last step validated counts as the best"),
+        ('self.lowest = time.monotonic(), (saved or {}).get("lowest", float("inf"))',
+         'self.lowest = time.monotonic(), float("inf")', "a resumed run forgets its best step"),
+    ],
+    ("episodes/show.py", "shifted_is"): [
+        ("gains > HELPS * whole)[-1]", "gains > HELPS * whole)[0]",
+         "the first row that helps counts"),
+        ("left[~seen] = y[~seen] - mean - x[~seen] @ weights",
+         "left = y - mean - x @ np.linalg.lstsq(x, y - mean, rcond=None)[0]",
+         "what is explained was learned from"),
+    ],
+    ("episodes/recon.py", "recon_is"): [
+        ("np.cos(heading) * north - np.sin(heading) * east",
+         "np.cos(heading) * north + np.sin(heading) * east", "left is right when facing east"),
+        ("(np.diff(yaw) + np.pi) % (2 * np.pi) - np.pi", "np.diff(yaw)",
+         "a turn across the end of the circle is a whole one"),
+        ("heading = np.diff(position, axis=0).T, yaw[:-1]",
+         "heading = np.diff(position, axis=0).T, yaw[1:]", "the frame after the turn"),
+    ],
     ("data.py", "frame_rate_that every_place clips_are_the_same deviation"): [
         ("fps=16, conditioning_fps=3", "fps=16, conditioning_fps=None",
          "CS:GO's network is told 16 frames a second"),

@@ -27,20 +27,21 @@ class Recorder:
     """
 
     def __init__(self, settings: Settings, model: Model, optimizer: torch.optim.Optimizer,
-                 held_out: Episodes, validate: Callable[[], dict], start: int,
+                 held_out: Episodes, validate: Callable[[], dict], saved: dict | None,
                  claim: Claim | None):
         self.settings, self.model, self.optimizer = settings, model, optimizer
         self.held_out, self.validate = held_out, validate
         self.claim, self.writes = claim, claim is not None
-        self.out, self.start, self.began = Path(settings.out), start, time.monotonic()
+        self.out, self.start = Path(settings.out), saved["step"] if saved else 0
+        self.began, self.lowest = time.monotonic(), (saved or {}).get("lowest", float("inf"))
         self.damaged: set[str] = set()
-        if start == 0:
+        if self.start == 0:
             frozen = gather(frozen_weights(model))
             if self.writes:
                 save(self.out / "frozen.pt", {"weights": frozen})
             self.save_checkpoint(0)
             self.save_strip(0)
-        self.log = Log(self.out, start) if self.writes else None
+        self.log = Log(self.out, self.start) if self.writes else None
 
     def record(self, step: int, loss: float, damaged: list[str], last: bool) -> None:
         settings = self.settings
@@ -55,6 +56,9 @@ class Recorder:
                 tqdm.write(f"skipped: {message}")
             self.damaged |= set(damaged)
             self.log.write(step, loss, held_out)
+        if held_out and held_out["val"] < self.lowest:
+            self.lowest = float(held_out["val"])
+            self.save_checkpoint(step, "best.pt")
         if due(settings.save_every):
             self.save_checkpoint(step)
         if due(settings.sample_every):
@@ -71,24 +75,26 @@ class Recorder:
                        f"counted; --steps {self.settings.steps // 4} takes a quarter of the time "
                        "(Ctrl-C saves, --resume continues)")
 
-    def save_checkpoint(self, step: int) -> None:
-        settings, model = self.settings, self.model
-        weights, state = gather(trained_weights(model)), self.optimizer.state_dict()
+    def save_checkpoint(self, step: int, name: str = "checkpoint.pt") -> None:
+        """`best.pt` is without the optimizer: training goes on from the last step alone."""
+        settings, model, best = self.settings, self.model, name == "best.pt"
+        weights = gather(trained_weights(model))
+        state = {} if best else {"optimizer": self.optimizer.state_dict()}
         if not self.writes:
             return
-        for name, weight in weights.items():
+        for key, weight in weights.items():
             if not is_finite(weight):
-                raise DivergedError(f"step {step}: {name} holds numbers that are not finite; "
+                raise DivergedError(f"step {step}: {key} holds numbers that are not finite; "
                                     f"{self.out} keeps its last checkpoint. A smaller learning "
                                     "rate may help")
         root = settings.root and str(Path(settings.root).resolve())
-        save(self.out / "checkpoint.pt", {
+        save(self.out / name, {
             "config": asdict(model.config), "sampling": model.sampling,
             "weights": weights, "frozen": "frozen.pt",
             "data": {"name": settings.data, "root": root, "fps": settings.fps,
                      "names": self.held_out.dataset.names},
-            "optimizer": state, "step": step})
-        if step > 0:
+            "step": step, "lowest": self.lowest} | state)
+        if step > 0 and not best:
             self.log.plot()
 
     def save_strip(self, step: int) -> None:
@@ -138,4 +144,4 @@ class Recorder:
         best = min(rows, key=lambda row: row["val"], default=None)
         if best and best is not rows[-1]:
             print(f"held-out loss was lowest at step {best['step']}: {best['val']:.4f}; now it is "
-                  f"{rows[-1]['val']:.4f}")
+                  f"{rows[-1]['val']:.4f}: --checkpoint {self.out / 'best.pt'} is the world then")

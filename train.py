@@ -45,7 +45,7 @@ from training.processes import (across_processes, ignore_signals, join_processes
                                 stop_on_signals)
 from training.recorder import Recorder
 from training.settings import Settings, parse_arguments
-from training.sharding import ShardedAdamW, clip_gradients, shard
+from training.sharding import clip_gradients, load_optimizer, shard
 from training.start import Recipe, build_model, prepare
 
 # --------------------------------------------------------------------------------------------------
@@ -134,11 +134,12 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
     if settings.shard:
         shard(model, settings.bf16)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adamw = ShardedAdamW if settings.shard else torch.optim.AdamW
-    optimizer = adamw(parameters, lr=settings.lr, fused=device.type != "mps")
+    # over shards one parameter after the other: together they take PyTorch long to plan
+    kernel = {"foreach": False} if settings.shard else {"fused": device.type != "mps"}
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, **kernel)
     if saved:
         with reading(f"the optimizer in {settings.out}", CheckpointError):
-            optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer(optimizer, saved["optimizer"])
     loss_module = loss_class(model, settings.bf16, settings.loss_weighting).train()
     if processes > 1 and not settings.shard:  # broadcasts the first process's weights as well
         loss_module = DistributedDataParallel(loss_module)

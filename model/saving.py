@@ -265,9 +265,9 @@ def load_model(path: str | Path, content: dict | None = None, kind: type[Model] 
 
 def read_saved(content: dict, path: Path) -> Saved:
     """What a checkpoint says, checked. Raises CheckpointError."""
-    config = with_present_names(content.get("config"))
+    config = content.get("config")
     try:
-        saved = conform(Saved, content | {"config": config}, "", BOUNDS, spare=True)
+        saved = conform(Saved, content, "", BOUNDS, spare=True)
         for name in missing_sizes(asdict(saved.config), config):
             raise SchemaError(f"config has no {name}")
         check_config(saved.config)
@@ -277,19 +277,6 @@ def read_saved(content: dict, path: Path) -> Saved:
     except UserError as error:
         raise CheckpointError(f"{path} is not a checkpoint of this project: {error}") from None
     return saved
-
-
-def with_present_names(config: object) -> object:
-    """A config as earlier versions wrote it: the frame rate stood outside of the U-Net's, and He
-    initialisation was called loud."""
-    if not (isinstance(config, dict) and isinstance(config.get("unet"), dict)):
-        return config
-    unet = dict(config["unet"])
-    if "fps" in config:
-        unet["default_fps"] = config["fps"]
-    if "loud_actions" in unet:
-        unet["action_init"] = "he" if unet.pop("loud_actions") else "pytorch"
-    return {name: value for name, value in config.items() if name != "fps"} | {"unet": unet}
 
 
 def missing_sizes(config: dict, said: dict) -> Iterator[str]:

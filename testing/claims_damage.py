@@ -31,7 +31,6 @@ from testing.commands import folder, needs, raises, refused, run_command
 from testing.episodes import encode_jpeg, make_csgo, make_pictures, shard_of
 from testing.networks import small_networks
 from testing.worlds import SMALL, losses, save_world, small_checkpoint, small_preset, train_words
-from training.run_folder import read_settings
 from unet import load_dynamicrafter
 
 HERE = Path(__file__).parent.parent
@@ -254,21 +253,6 @@ def test_what_a_resumed_run_is_told_holds_for_the_next_command():
     assert len(losses(out)) == 3
     assert run_command(train.main, "--resume", "--out", out)[0] == 0 and len(losses(out)) == 5
     assert json.loads((out / "arguments.json").read_text(encoding="utf-8"))["lr"] == 1e-4
-
-
-def test_names_of_earlier_versions_stay_readable():
-    run = save_world(folder() / "run")
-    content = torch.load(run / "checkpoint.pt", weights_only=True)
-    content["config"]["unet"].pop("action_init")
-    content["config"]["unet"]["loud_actions"] = True
-    content["config"]["fps"] = 7
-    torch.save(content, run / "checkpoint.pt")
-    unet = load_model(run).config.unet
-    assert unet.action_init == "he" and unet.default_fps == 7
-    (run / "arguments.json").write_text(json.dumps(
-        {"clear_frames": 0.6, "weighting": "clean", "loud_actions": False}), encoding="utf-8")
-    assert read_settings(run) == {"low_noise_prob": 0.6, "loss_weighting": "x0",
-                                  "action_init": "pytorch"}
 
 
 def test_numbers_on_the_command_line_have_bounds():

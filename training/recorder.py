@@ -79,7 +79,7 @@ class Recorder:
         """`best.pt` is without the optimizer: training goes on from the last step alone."""
         settings, model, best = self.settings, self.model, name == "best.pt"
         weights = gather(trained_weights(model))
-        state = {} if best else {"optimizer": self.optimizer.state_dict()}
+        state = {} if best else {"optimizer": gather(self.optimizer.state_dict())}
         if not self.writes:
             return
         for key, weight in weights.items():

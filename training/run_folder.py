@@ -8,9 +8,6 @@ import numpy as np
 from support.errors import DataError
 from support.pictures import save_curves
 
-# Settings that earlier versions wrote under other names: the present one, and other values.
-RENAMED = {"clear_frames": ("low_noise_prob", {}), "weighting": ("loss_weighting", {"clean": "x0"}),
-           "loud_actions": ("action_init", {True: "he", False: "pytorch", None: ""})}
 SETTINGS, LOCK = "arguments.json", ".claimed"
 
 
@@ -110,17 +107,13 @@ def clear_folder(out: Path) -> None:
 
 
 def read_settings(out: Path) -> dict:
-    """The settings of a run by their present names. Raises DataError."""
+    """The settings of a run. Raises DataError."""
     try:
         settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"there is no run in {out} to resume ({error})") from None
     if not isinstance(settings, dict):
         raise DataError(f"{out / SETTINGS} holds no settings")
-    for before, (now, values) in RENAMED.items():
-        if before in settings:
-            value = settings.pop(before)
-            settings[now] = values.get(value, value)
     return settings
 
 

@@ -83,53 +83,19 @@ def gather(state: object) -> object:
     return state
 
 
-class ShardedAdamW(torch.optim.AdamW):
-    """AdamW on this process's pieces; what it saves and loads is whole.
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Give an optimizer the whole state of another, cut as its parameters are."""
+    parameters = optimizer.param_groups[0]["params"]
 
-    AdamW treats every number by itself, so the pieces can be plain tensors. PyTorch would plan one
-    operation over all distributed parameters, in a time that grows with the square of their number.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], **options):
-        self.whole = parameters
-        self.pieces = [nn.Parameter(parameter.detach().to_local()) for parameter in parameters]
-        super().__init__(self.pieces, **options)
-
-    def step(self) -> None:
-        for parameter, piece in zip(self.whole, self.pieces, strict=True):
-            piece.grad = None if parameter.grad is None else parameter.grad.to_local()
-        super().step()
-
-    def zero_grad(self) -> None:
-        super().zero_grad()
-        for parameter in self.whole:
-            parameter.grad = None
-
-    def state_dict(self) -> dict:
-        state = super().state_dict()
-        return state | {"state": {number: {name: gather(self.place(number, value))
-                                           for name, value in moments.items()}
-                                  for number, moments in state["state"].items()}}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state | {"state": {
-            number: {name: self.cut(number, value) for name, value in moments.items()}
-            for number, moments in state["state"].items()}})
-
-    def place(self, number: int, value: Tensor) -> Tensor:
-        """A moment's piece, put where the parameter's piece is; a count of steps stays."""
-        whole = self.whole[number]
-        if value.shape != self.pieces[number].shape:
+    def cut(number: int, value: Tensor) -> Tensor:
+        whole = parameters[number]
+        if fully_shard is None or not isinstance(whole, DTensor) or value.shape != whole.shape:
             return value
-        return DTensor.from_local(value, whole.device_mesh, whole.placements, shape=whole.shape,
-                                  stride=whole.stride())
+        return distribute_tensor(value.to(whole.device), whole.device_mesh, whole.placements)
 
-    def cut(self, number: int, value: Tensor) -> Tensor:
-        whole = self.whole[number]
-        if value.shape != whole.shape:
-            return value
-        value = value.to(whole.device)
-        return distribute_tensor(value, whole.device_mesh, whole.placements).to_local()
+    optimizer.load_state_dict(state | {"state": {
+        number: {name: cut(number, value) for name, value in moments.items()}
+        for number, moments in state["state"].items()}})
 
 
 def clip_gradients(parameters: list[nn.Parameter], longest: float) -> float:

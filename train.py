@@ -41,11 +41,10 @@ from model.memory import encode_once, frozen_to_bf16, keep_malloc_heap
 from model.vid2world import Model, to_pixels
 from support.errors import CheckpointError, reading, require_finite
 from support.options import command
-from training.processes import (across_processes, ignore_signals, join_processes, leave_processes,
-                                stop_on_signals)
+from training.processes import (across_processes, gather_moments, ignore_signals, join_processes,
+                                leave_processes, make_optimizer, stop_on_signals)
 from training.recorder import Recorder
 from training.settings import Settings, parse_arguments
-from training.sharding import clip_gradients, load_optimizer, shard
 from training.start import Recipe, build_model, prepare
 
 # --------------------------------------------------------------------------------------------------
@@ -131,20 +130,17 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
     model, clips, held_out, saved, claim = prepare(settings, recipe, rank, device)
     loss_class = recipe.loss or PostTraining
     start = saved["step"] if saved else 0
-    if settings.shard:
-        shard(model, settings.bf16)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # over shards one parameter after the other: together they take PyTorch long to plan
-    kernel = {"foreach": False} if settings.shard else {"fused": device.type != "mps"}
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, **kernel)
+    optimizer = make_optimizer(parameters, settings, device)
     if saved:
         with reading(f"the optimizer in {settings.out}", CheckpointError):
-            load_optimizer(optimizer, saved["optimizer"])
+            optimizer.load_state_dict(saved["optimizer"])
     loss_module = loss_class(model, settings.bf16, settings.loss_weighting).train()
-    if processes > 1 and not settings.shard:  # broadcasts the first process's weights as well
+    if processes > 1:  # broadcasts the first process's weights as well
         loss_module = DistributedDataParallel(loss_module)
     recorder = None
-    if rank == 0 or settings.shard:  # a sharded network validates and saves with all processes
+    gather_moments(optimizer)
+    if rank == 0:
         validation = partial(validate, model, held_out, settings, loss_class)
         recorder = Recorder(settings, model, optimizer, held_out, validation, saved, claim)
     if settings.bf16:
@@ -162,7 +158,7 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
             optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
             loss, damaged = add_gradients(loss_module, model, batches, settings)
             # g ← g · min(1, c / ‖g‖): a rare clip would else make a huge step
-            length = clip_gradients(parameters, settings.clip_grad)
+            length = nn.utils.clip_grad_norm_(parameters, settings.clip_grad).item()
             # All processes have to leave the loop at the same step, whichever one got the signal.
             loss, stopping = across_processes(loss, bool(stop), device)
             require_finite(f"step {step + 1}: the loss and the gradient's length", loss + length,
@@ -170,8 +166,11 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
                            f"--out {settings.out} --lr {settings.lr / 4:g} resumes from there")
             optimizer.step()
             optimizer.zero_grad()  # frees the gradients before the next forward pass needs memory
+            last = stopping or step + 1 == settings.steps
+            if last or (step + 1) % settings.save_every == 0:
+                gather_moments(optimizer)
             if recorder:
-                recorder.record(step + 1, loss, damaged, stopping or step + 1 == settings.steps)
+                recorder.record(step + 1, loss, damaged, last)
                 bar.set_postfix(recorder.summary())
             if stopping:
                 break

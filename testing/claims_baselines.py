@@ -733,8 +733,7 @@ def test_memory_is_counted_as_it_is():
     assert recomputing > 4 * weights * 0.8  # weights, gradients, two moments of what learns
     _, temporal = plan.count(lambda: plan.build_model(config),
                              lambda model: plan.train_step(model, 8, trainable="temporal"))
-    (_, two), (_, four) = plan.count_pieces(config, (2, 4))
-    assert temporal < recomputing and four < two < recomputing
+    assert temporal < recomputing
 
 
 def test_frozen_parts_may_be_halved_and_frames_coded_one_by_one():

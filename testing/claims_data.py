@@ -722,8 +722,8 @@ def test_recon_is_a_drive_in_the_robots_own_frame():
     seen, taken = train_set[0].read(2, 4)
     assert seen.shape == (2, 320, 320, 3) and abs(seen[0].mean() - 80) < 2
     assert np.allclose(taken, expected[2:4], atol=1e-6)
-    sideways = recon.motions(np.array([[0, 0], [0, 1]]), np.array([0.0, 0.0]))
-    assert np.allclose(sideways, [[0, 1, 0]])
+    driven = recon.motions(np.array([[0, 0], [0, 1], [1, 1]]), np.array([0, 0.5, 0.7]))
+    assert np.allclose(driven, [[0, 1, 0.5], [np.cos(0.5), -np.sin(0.5), 0.2]])
     assert data.describe_action(train_set.dataset, train_set[0].actions[0]) == "ahead"
     path = root / "jackal_c.hdf5"
     path.write_bytes(path.read_bytes()[:1500])

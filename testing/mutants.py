@@ -309,7 +309,6 @@ FAULTS = {
         ("/ number**0.5", "/ number", "the interval shrinks with the number of episodes"),
         ("networks[\"fid\"](pictures[whose])", "networks[\"fid\"](pictures[whose][:1])",
          "FID sees one frame of a batch"),
-        ("mine = numbers[rank::processes]", "mine = numbers[rank:]", "processes do all twice"),
         ("result = {name: float(row.mean())", "result = {name: float(row[-1])",
          "the result is that of the last frame"),
     ],

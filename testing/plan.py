@@ -8,7 +8,7 @@ rollout's cache. Not counted is what the allocator loses between blocks, and the
 CUDA takes for itself.
 """
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -25,7 +25,6 @@ from train import PostTraining
 from training.start import freeze_spatial_layers
 
 CARDS = {"24 GB": 24, "48 GB": 48, "80 GB": 80}
-CARDS_TOGETHER = (2, 4, 8)
 RESERVED = 1.5  # GB that a card has for nobody: CUDA's own, and what lies between blocks
 
 
@@ -133,37 +132,6 @@ def train_step(model: Model, batch: int = 1, checkpointing: bool = True, trainab
     optimizer.step()
 
 
-def build_in_pieces(config: ModelConfig) -> Model:
-    """For one process of `train.py --shard`: weights gathered in half precision, gradients given
-    away as soon as they are there."""
-    model = build_model(config)
-    for parameter in begin_training(model, checkpointing=True):
-        parameter.data = parameter.data.bfloat16()
-        parameter.register_post_accumulate_grad_hook(let_go)
-    return model
-
-
-def let_go(parameter: nn.Parameter) -> None:
-    parameter.grad = None
-
-
-def count_pieces(config: ModelConfig, numbers: Sequence[int]) -> Iterator[tuple[float, float]]:
-    """For each number of processes of `train.py --shard`, GB of weights in one of them, and at the
-    most: its pieces of weights, gradients and moments, the frozen parts, the activations, and two
-    layers whole."""
-    with torch.device("meta"):
-        model = build_model(config)
-    learn = sum(parameter.numel() for parameter in begin_training(model, checkpointing=True)) / 1e9
-    layers = [layer for block in (*model.unet.input_blocks, *model.unet.output_blocks)
-              for layer in block]
-    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers) / 1e9
-    gathered, peak = count(lambda: build_in_pieces(config), lambda model: add_gradients(model, 1))
-    frozen, activations = gathered - 2 * learn, peak - gathered
-    for processes in numbers:
-        yield (4 * learn / processes + frozen,
-               16 * learn / processes + frozen + activations + 2 * 2 * largest)
-
-
 PLAN: dict[str, Callable[[Model], object]] = {
     "sampling": sample_frame,
     **{f"training, {batch} clip{'s' * (batch > 1)}, {words} activations":
@@ -185,10 +153,6 @@ def print_plan(config: ModelConfig) -> None:
     for name, work in PLAN.items():
         weights, peak = count(lambda: build_model(config), work)
         print(f"| {name} | {weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)
-    for processes, (weights, peak) in zip(CARDS_TOGETHER, count_pieces(config, CARDS_TOGETHER),
-                                          strict=True):
-        print(f"| training, 1 clip each on {processes} GPUs, `--shard --checkpointing` | "
-              f"{weights:.1f} | {peak:.1f} | {card(peak)} |", flush=True)
 
 
 if __name__ == "__main__":

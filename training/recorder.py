@@ -16,32 +16,24 @@ from support.errors import DataError, DivergedError
 from support.pictures import psnr, save_strip
 from training.run_folder import Claim, Log
 from training.settings import Settings
-from training.sharding import gather
 
 
 class Recorder:
-    """Log, validation, checkpoints and strips of a run; `validate` is `train.validate`.
-
-    A sharded network (training/sharding.py) computes only if all processes do: then each
-    has a recorder, and the first writes.
-    """
+    """Log, validation, checkpoints and strips of a run; `validate` is `train.validate`."""
 
     def __init__(self, settings: Settings, model: Model, optimizer: torch.optim.Optimizer,
                  held_out: Episodes, validate: Callable[[], dict], saved: dict | None,
-                 claim: Claim | None):
+                 claim: Claim):
         self.settings, self.model, self.optimizer = settings, model, optimizer
-        self.held_out, self.validate = held_out, validate
-        self.claim, self.writes = claim, claim is not None
+        self.held_out, self.validate, self.claim = held_out, validate, claim
         self.out, self.start = Path(settings.out), saved["step"] if saved else 0
         self.began, self.lowest = time.monotonic(), (saved or {}).get("lowest", float("inf"))
         self.damaged: set[str] = set()
         if self.start == 0:
-            frozen = gather(frozen_weights(model))
-            if self.writes:
-                save(self.out / "frozen.pt", {"weights": frozen})
+            save(self.out / "frozen.pt", {"weights": frozen_weights(model)})
             self.save_checkpoint(0)
             self.save_strip(0)
-        self.log = Log(self.out, self.start) if self.writes else None
+        self.log = Log(self.out, self.start)
 
     def record(self, step: int, loss: float, damaged: list[str], last: bool) -> None:
         settings = self.settings
@@ -50,12 +42,11 @@ class Recorder:
             return last or step % every == 0
 
         held_out = self.validate() if due(settings.val_every) else {}
-        if self.writes:
-            self.claim.check()
-            for message in sorted(set(damaged) - self.damaged):
-                tqdm.write(f"skipped: {message}")
-            self.damaged |= set(damaged)
-            self.log.write(step, loss, held_out)
+        self.claim.check()
+        for message in sorted(set(damaged) - self.damaged):
+            tqdm.write(f"skipped: {message}")
+        self.damaged |= set(damaged)
+        self.log.write(step, loss, held_out)
         if held_out and held_out["val"] < self.lowest:
             self.lowest = float(held_out["val"])
             self.save_checkpoint(step, "best.pt")
@@ -65,7 +56,7 @@ class Recorder:
             self.save_strip(step)
         if step == self.start + 1:
             self.began = time.monotonic()  # the first step is slower than the others
-        if step == self.start + 11 and self.writes:
+        if step == self.start + 11:
             self.announce_end(step, (time.monotonic() - self.began) / 10)
 
     def announce_end(self, step: int, seconds: float) -> None:
@@ -78,10 +69,8 @@ class Recorder:
     def save_checkpoint(self, step: int, name: str = "checkpoint.pt") -> None:
         """`best.pt` is without the optimizer: training goes on from the last step alone."""
         settings, model, best = self.settings, self.model, name == "best.pt"
-        weights = gather(trained_weights(model))
-        state = {} if best else {"optimizer": gather(self.optimizer.state_dict())}
-        if not self.writes:
-            return
+        weights = trained_weights(model)
+        state = {} if best else {"optimizer": self.optimizer.state_dict()}
         for key, weight in weights.items():
             if not is_finite(weight):
                 raise DivergedError(f"step {step}: {key} holds numbers that are not finite; "
@@ -109,8 +98,6 @@ class Recorder:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.settings.bf16):
             imagined = rollout(WorldModel(self.model), frames, actions[:-1])
         self.model.train()
-        if not self.writes:
-            return
         truth = fit_frames(frames, *self.settings.size, self.model.config.fit)
         path = self.out / f"step_{step:07d}.png"
         rows = {f"truth: {episode.name}": truth, f"imagined after {step} steps": imagined}
@@ -119,7 +106,7 @@ class Recorder:
 
     def summary(self) -> dict[str, str]:
         """The latest losses."""
-        return self.log.summary() if self.writes and self.log.rows else {}
+        return self.log.summary() if self.log.rows else {}
 
     def finish(self, stopped: bool) -> None:
         words = [f"{name} {value}" for name, value in self.summary().items()]

@@ -45,7 +45,7 @@ class Settings:
     trainable: str = option("all", "parameters of the U-Net: all, and the resampler's, or those of "
                                    "temporal layers, action embedding and output",
                             choices=("all", "temporal"))
-    shard: bool = option(False, "with torchrun: shard trainable parameters over processes")
+    shard: bool = option(False, "with torchrun: spread the optimizer over the processes")
     save_every: int = option(500, "steps between checkpoints")
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode frames", least=0)
     seed: int = option(0, "random seed", least=0)

@@ -47,7 +47,7 @@ from dynamicrafter.clip import ImageTower, ImageTowerConfig, TextTower, TextTowe
 from dynamicrafter.layers import sinusoidal_embedding
 from dynamicrafter.resampler import Resampler, ResamplerConfig
 from episodes.tfrecord import (encode_example, write_records)
-from evaluation.nar import sample_jointly
+from baselines.clips import sample_jointly
 from model import saving
 from model.memory import encode_once, recompute_activations
 from model.saving import (TINY_BASE, TINY_WORLD, from_dynamicrafter, from_vid2world, load_model,

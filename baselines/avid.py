@@ -11,8 +11,8 @@ answer; it gives a velocity of its own, and for every pixel a mask, which of the
 
     velocity = mask · v_base + (1 - mask) · v
 
-Nothing of the base's inside is needed, so it may be one that is only served. The mask begins at a
-half everywhere. The adapter is half as wide as the base here, and 0.3 times in the released code.
+Nothing of the base's inside is needed. The mask begins at a half everywhere. The adapter is half as
+wide as the base here, and 0.3 times in the released code.
 """
 from dataclasses import replace
 

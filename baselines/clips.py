@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from action_guidance import align_actions
+from action_guidance import align_actions, guide
 from data import DataSet, fit_frames
 from model.saving import from_dynamicrafter
 from model.vid2world import PRESETS, Model, ModelConfig, to_frames, to_pixels
+from sample import WorldModel
 from support.errors import RequestError
 from support.options import command
 from train import train
 from training.settings import Settings, parse_arguments
 from training.start import Recipe
+from unet import Context
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x [B, T, C, h, w] and k [B, T] -> v
 
@@ -100,3 +102,26 @@ def sample_clips(model: Model, frames: np.ndarray, actions: np.ndarray, steps: i
     imagined = to_frames(model.decode(x))
     imagined[:, 0] = given[:, 0]
     return imagined
+
+
+def sample_jointly(world: WorldModel, frames: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """The paper's Vid2World-NAR (section 5.4), no world model any more: all frames at once, at one
+    level. As `sample_clips`, with the world's sampling; guidance is between all actions and none.
+    The world's state is neither read nor changed."""
+    sampling, (low, high) = world.sampling, world.sampling.guidance_levels
+
+    def steer(_: Velocity, anchor: Tensor, context: Context, actions: Tensor) -> Velocity:
+        def predict(x: Tensor, k: Tensor, keep: float) -> Tensor:
+            mask = torch.full(k.shape, keep, device=x.device)
+            return world.model.denoise(x, k, anchor, context, align_actions(actions), mask).float()
+
+        def velocity(x: Tensor, k: Tensor) -> Tensor:
+            with_actions = predict(x, k, 1.0)
+            if sampling.guidance == 1 or not low <= k[0, 0] < high:
+                return with_actions
+            return guide(with_actions, predict(x, k, 0.0), sampling.guidance, sampling.rescale)
+        return velocity
+
+    with world.autocast():
+        return sample_clips(world.model, frames, actions, sampling.steps, sampling.eta, world.seed,
+                            steer)

@@ -1,9 +1,7 @@
-"""RECON (Shah et al. 2021): a robot drives outdoors. HDF5 files, a trajectory each.
+"""RECON (Shah et al. 2021): a robot drives outdoors. HDF5 files, a trajectory each: images/rgb_left
+[T] JPEG, jackal/position [T, 2 or 3] metres, jackal/yaw [T] radians.
 
-    images/rgb_left   [T] JPEG        jackal/position   [T, 2 or 3] metres
-                                      jackal/yaw        [T] radians
-
-An action is a motion, in the robot's own frame: row t is how far it goes ahead and to the left, in
+An action is a motion in the robot's own frame: row t is how far it goes ahead and to the left, in
 metres, and turns to the left, in radians, from picture t to t + 1. As in Navigation World Models
 pictures are squeezed into a square; the published models saw 320×320, padded to 320×512.
 

@@ -1,14 +1,12 @@
 """What was read, before hours are trained on it: python -m episodes.show --root my_robot
 
-How many episodes, and which were left out; what every number of an action is like; a strip of one
-episode, every action in words under the picture that it led to; and whether the actions stand
-beside the right pictures.
-
-That is seen in what moves. By how far do pictures t and t + 1 differ, left and right, up and down,
-part by part? Linear regression says it from the actions of rows t - 3, t - 2 and so on, each in its
-turn added to those before, and measured on episodes that it has not seen. In a recording as it
-should be the last row that helps is t, which was taken at picture t. If t + 1 still helps, rows
-come one too late; if t does not, they come one too early, or the robot takes a frame to obey.
+How many episodes, and which were left out; what every number of an action is like; a strip with
+every action in words under the picture that it led to; and whether the actions stand beside the
+right pictures. That is seen in what moves between pictures t and t + 1, left and right, up and
+down, part by part: linear regression says it from the actions of rows t - 3, t - 2 and so on, each
+added to those before, and is measured on episodes that it has not seen. The last row that helps
+should be t, which was taken at picture t. If t + 1 still helps, rows come one too late; if t does
+not, they come one too early, or the robot takes a frame to obey.
 """
 from dataclasses import dataclass
 
@@ -28,7 +26,6 @@ class Settings:
     data: str = option("folder", "data set", choices=DATA_SETS)
     root: str | None = option(None, "its folder")
     fps: float | None = option(None, "frames per second, if a folder does not say", type=float)
-    episode: int = option(0, "that the strip shows", least=0)
     most: int = option(200, "episodes that are read for the numbers and the alignment")
     out: str = option("show.png", "file of the strip")
 
@@ -76,26 +73,22 @@ def alignment(episodes: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
     return [explained(x[:, : n + 1].reshape(len(x), -1), y, group) for n in range(len(ROWS))]
 
 
-def row_name(row: int) -> str:
-    return f"t{row:+d}" if row else "t"
-
-
 def say_alignment(shares: list[float]) -> str:
     whole, gains = max(shares), np.diff([0, *shares])
     if whole < FOLLOWS:
         return (f"alignment: the actions explain {100 * whole:.0f} % of what moves, too little to "
                 "say whether they stand beside the right pictures")
+    name = {row: f"t{row:+d}" if row else "t" for row in ROWS}
     last = ROWS[int(np.flatnonzero(gains > HELPS * whole)[-1])]
     verdict = "as it should be, row t was taken at picture t"
     if last > 0:
-        verdict = (f"rows come {last} too late: row t led to picture {row_name(1 - last)}; move "
-                   "them up")
+        verdict = f"rows come {last} too late: row t led to picture {name[1 - last]}; move them up"
     if last < 0:
         verdict = f"rows come {-last} too early, or the robot takes so long to obey"
-    shown = ", ".join(f"{row_name(row)} {100 * share:.1f} %"
+    shown = ", ".join(f"{name[row]} {100 * share:.1f} %"
                       for row, share in zip(ROWS, shares, strict=True))
-    return (f"alignment: what moves from picture t to t+1 is explained by rows up to "
-            f"{row_name(last)} ({shown}): {verdict}")
+    return (f"alignment: what moves from picture t to t+1 is explained by rows up to {name[last]} "
+            f"({shown}): {verdict}")
 
 
 def show_numbers(actions: np.ndarray, names: tuple[str, ...]) -> None:
@@ -111,7 +104,7 @@ def run(settings: Settings) -> None:
              for split in ("train", "val")}
     episodes: Episodes = parts["train"]
     lengths = np.concatenate([part.records[:, 4] for part in parts.values()])
-    shown = episodes[min(settings.episode, len(episodes) - 1)]
+    shown = episodes[0]
     height, width = shown.read(0, 1)[0].shape[1:3]
     print(f"{len(episodes)} episodes to train on, {len(parts['val'])} held out; {lengths.min()} to "
           f"{lengths.max()} frames, half of them {np.median(lengths):.0f} or more; pictures of "

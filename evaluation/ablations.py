@@ -1,18 +1,14 @@
-"""Does it matter? Change one idea at a time, and see: python -m evaluation.ablations [--quick]
+"""Does it matter? Change one idea at a time, and see: python -m evaluation.ablations
 
     python -m evaluation.ablations --table2                           the paper's Table 2
     python -m evaluation.ablations --variants baseline "batch=2 steps=600" base=runs/other.pt
 
 Every variant is post-trained by train.py from the bundled base (or another in --base), for the same
 steps on the same clips in the same order with the same noise, once per seed; then all are compared
-on held-out episodes:
-
-    held-out loss    of the velocity, every frame at a level of its own
-    PSNR, SSIM       of autoregressive rollouts, 15 frames from one
-    gripper          how far it is from its place at the last frame, where the data say
-
-Seeds differ by their held-out clips and noise as well, so a variant is compared with the baseline
-seed by seed. What is done is kept (--out), so an interrupted comparison resumes where it was.
+on held-out episodes: the loss, every frame at a level of its own; PSNR and SSIM of autoregressive
+rollouts, 15 frames from one; and how far the gripper is from its place at their end, where the data
+say. Seeds differ by their held-out clips and noise as well, so a variant is compared with the
+baseline seed by seed. What is done is kept (--out): an interrupted comparison resumes.
 
 Table 2: every transfer, post-trained without hiding actions and rolled out without guidance, and
 with both; and a network that was never pretrained. Paper: section 5.4, D.10 and D.11.
@@ -27,11 +23,9 @@ from causal_conv import TRANSFER_METHODS
 from evaluation.comparison import (HeldOut, TrainingSettings, decisive, kept, measure_all,
                                    open_held_out, post_train, table)
 from evaluation.evaluate import rollout_batch
-from model.saving import TINY_BASE
 from sample import load_world
 from support.errors import DataError
 from support.options import option, program
-from support.pictures import save_curves
 from training import settings as training
 
 REPEATING, FRAMES = "repeating", 16  # for comparison: the first frame, again and again
@@ -74,20 +68,14 @@ class Settings(TrainingSettings):
     denoising_steps: int | None = option(None, "if left out, those of a small world", type=int)
     guidance: float | None = option(None, "of the rollouts; if left out, 1, and in Table 2 2",
                                     type=float)
-    out: str | None = option(None, "folder for runs, table and plot; if left out, runs/ablations, "
-                                   "and for --quick runs/ablations_quick")
+    out: str = option("runs/ablations", "folder for runs and the table")
 
 
 def complete(settings: Settings) -> None:
-    settings.base = settings.base or str(TINY_BASE)
     settings.variants = settings.variants or list(TABLE2 if settings.table2 else VARIANTS)
     settings.guidance = settings.guidance or (2.0 if settings.table2 else 1.0)
-    settings.out = settings.out or "runs/ablations" + "_quick" * settings.quick
     for variant in settings.variants:
         changes(variant)
-    if settings.quick:
-        settings.seeds, settings.steps, settings.cooldown, settings.frames = 1, 20, 10, 8
-        settings.batch, settings.val_clips, settings.episodes = 2, 8, 2
 
 
 def changes(variant: str) -> dict:
@@ -132,11 +120,6 @@ def run(settings: Settings) -> None:
                  f"{settings.guidance:g}")
     print("\n" + "\n".join(lines))
     (out / "ablations.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    save_curves(out / "ablations.png", {
-        variant: [(int(step), np.mean([run["curve"][step] for run in results[variant]]))
-                  for step in results[variant][0]["curve"]] for variant in settings.variants},
-        "step")
-    print(f"plot: {out}/ablations.png")
 
 
 main = program(__name__, "ablations", run, Settings, "Compare variants of the method.", complete)

@@ -1,4 +1,4 @@
-"""The ways to steer a video model, side by side: python -m evaluation.baselines [--quick]
+"""The ways to steer a video model, side by side: python -m evaluation.baselines
 
 Each starts from the same passive base, is trained by the same loop for the same steps on the same
 clips, and imagines the same held-out episodes from their first frame:
@@ -13,29 +13,25 @@ clips, and imagines the same held-out episodes from their first frame:
     Vid2World-NAR          the world model, all frames together
     Vid2World              the world model, frame by frame
 
-PSNR and SSIM; and how far the gripper is from its true place at the last frame, read off the frames
-by a small network (evaluation/controllability.py), beside that network's own error. Then how often
-the classifier is right, by noise level, and whether words tell left from right; and a picture of
+PSNR and SSIM; how far the gripper is from its true place at the last frame, read off the frames by
+a small network (evaluation/controllability.py), beside that network's own error; and a picture of
 one episode. What is done is kept (--out). Paper: Table 1.
 """
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import train
 from baselines import (action_finetuning, avid, classifier_guidance, controlnet,
                        language_finetuning)
 from baselines.clips import base_of, sample_clips
-from data import open_episodes
 from evaluation.comparison import (HeldOut, TrainingSettings, decisive, kept, measure_all,
                                    open_held_out, post_train, table)
-from evaluation.controllability import PIXEL, directions
-from evaluation.evaluate import read_batches, rollout_batch
-from model.saving import TINY_BASE, load_model, preset_of
-from model.vid2world import PRESETS, to_pixels
+from evaluation.controllability import PIXEL
+from evaluation.evaluate import rollout_batch
+from model.saving import load_model, preset_of
+from model.vid2world import PRESETS
 from sample import load_world
 from support.errors import RequestError
 from support.options import option, program
@@ -62,7 +58,6 @@ PUBLISHED = {  # the paper's Table 1, RT-1: FVD, FID, SSIM, LPIPS, PSNR
     "language-conditioned": "33.7 / 3.51 / .812 / .177 / 22.1",
     "Vid2World-NAR": "18.7 / 5.87 / .856 / .140 / 25.8",
     "Vid2World": "18.5 / 5.81 / .842 / .152 / 24.6"}
-LEVELS = (0, 100, 250, 500, 750, 999)  # at which the classifier is asked
 
 
 @dataclass
@@ -75,19 +70,13 @@ class Settings(TrainingSettings):
     val_clips: int = option(8, "held-out clips in a validation loss")
     denoising_steps: int = option(10, "of every sampler")
     weight: float = option(1.0, "of the classifier's gradient", least=0)
-    out: str | None = option(None, "folder for runs and the table; if left out, runs/baselines, "
-                                   "and for --quick runs/baselines_quick")
+    out: str = option("runs/baselines", "folder for runs and the table")
 
 
 def complete(settings: Settings) -> None:
-    settings.base, settings.rows = settings.base or str(TINY_BASE), settings.rows or list(ROWS)
-    settings.out = settings.out or "runs/baselines" + "_quick" * settings.quick
-    unknown = [name for name in settings.rows if name not in ROWS]
-    if unknown:
+    settings.rows = settings.rows or list(ROWS)
+    if unknown := [name for name in settings.rows if name not in ROWS]:
         raise RequestError(f"there is no row {unknown[0]!r}; known are {', '.join(ROWS)}")
-    if settings.quick:
-        settings.seeds, settings.steps, settings.cooldown, settings.episodes = 1, 10, 5, 2
-        settings.batch, settings.val_clips, settings.denoising_steps = 1, 1, 2
 
 
 def run_of(row: str, seed: int, settings: Settings) -> Path:
@@ -95,116 +84,53 @@ def run_of(row: str, seed: int, settings: Settings) -> Path:
     return Path(settings.out) / f"{RECIPES[row][0]}_{seed}"
 
 
-def imaginer(row: str, seed: int, settings: Settings, held_out: HeldOut
-             ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
-    """(frames, actions, captions) -> imagined clips, of a row that has been trained."""
-    if row == "repeating":
-        return lambda frames, actions, captions: np.repeat(frames[:, :1], settings.frames, axis=1)
+def imagine(row: str, seed: int, settings: Settings, held_out: HeldOut) -> np.ndarray:
+    """The held-out episodes as a row imagines them, once it has been trained."""
+    truth, actions, steer = held_out.truth, held_out.actions, None
     options = {"steps": settings.denoising_steps, "seed": seed}
-    if row == "base":
-        chosen = TrainSettings(base=settings.base, preset=preset_of(settings.base),
-                               size=list(PRESETS[preset_of(settings.base)].size))
-        model = base_of(chosen, held_out.episodes.dataset)
-        return lambda frames, actions, captions: sample_clips(model, frames, actions, **options)
+    if row == "repeating":
+        return np.repeat(truth[:, :1], settings.frames, axis=1)
     if row.startswith("Vid2World"):
-        world = load_world(run_of(row, seed, settings), guidance=1.0,
-                           steps=settings.denoising_steps, eta=0.0, seed=seed)
-        return lambda frames, actions, captions: rollout_batch(world, frames, actions,
-                                                         nar=row.endswith("NAR"))
-    model, steer = load_model(run_of(row, seed, settings), kind=RECIPES[row][1].model_class), None
+        world = load_world(run_of(row, seed, settings), guidance=1.0, eta=0.0, **options)
+        return rollout_batch(world, truth, actions, nar=row.endswith("NAR"))
+    if row == "base":
+        preset = preset_of(settings.base)
+        chosen = TrainSettings(base=settings.base, preset=preset, size=list(PRESETS[preset].size))
+        model = base_of(chosen, held_out.episodes.dataset)
+    else:
+        model = load_model(run_of(row, seed, settings), kind=RECIPES[row][1].model_class)
     if row == "classifier guidance":
         steer = classifier_guidance.towards_actions(model, settings.weight)
-    return lambda frames, actions, captions: sample_clips(
-        model, frames, captions if row.startswith("language") else actions, steer=steer, **options)
+    if row == "language-conditioned":
+        told = language_finetuning.CaptionedEpisodes(held_out.episodes)
+        actions = np.stack([episode.open(0, settings.frames)[1][:-1] for episode in told])
+    return sample_clips(model, truth, actions, steer=steer, **options)
 
 
 def measure(row: str, seed: int, settings: Settings, held_out: HeldOut) -> dict[str, float]:
-    """PSNR, SSIM and the gripper's error of a row and seed, from its file or made now."""
+    """PSNR, SSIM and the gripper's error of a row and seed, from its file or made now; the clip
+    that is shown lies beside it."""
+    file = Path(settings.out) / f"{row.replace(' ', '_')}_{seed}.json"
+
     def make() -> dict[str, float]:
         if row in RECIPES:
             _, recipe, changes = RECIPES[row]
             post_train(run_of(row, seed, settings), changes, seed, settings, recipe)
-        imagine = imaginer(row, seed, settings, held_out)
-        return held_out.score(imagine(held_out.truth, held_out.actions, captions(held_out)))
+        imagined = imagine(row, seed, settings, held_out)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file.with_suffix(".npy"), imagined[farthest(held_out)])
+        return held_out.score(imagined)
 
     chosen = decisive(settings)
     if row != "classifier guidance":
         del chosen["weight"]
-    return kept(Path(settings.out) / f"{row.replace(' ', '_')}_{seed}.json", chosen, make)
+    return kept(file, chosen, make)
 
 
-def captions(held_out: HeldOut) -> np.ndarray:
-    """The motions in words, [N, T - 1, M] numbers."""
-    T = held_out.truth.shape[1]
-    told = language_finetuning.CaptionedEpisodes(held_out.episodes)
-    return np.stack([told[i].open(0, T)[1][:-1] for i in range(len(told))])
-
-
-def save_example(settings: Settings, held_out: HeldOut) -> Path:
-    """Every row's clip of one episode: that in which the gripper ends farthest from its start."""
+def farthest(held_out: HeldOut) -> int:
+    """The episode in which the gripper ends farthest from its start."""
     starts = np.stack([episode.feature(PIXEL)[0] for episode in held_out.episodes])
-    farthest = np.linalg.norm(held_out.places - starts, axis=-1).argmax()
-    one = slice(farthest, farthest + 1)
-    clip = held_out.truth[one], held_out.actions[one], captions(held_out)[one]
-    rows = {"truth": clip[0][0]} | {
-        row: imaginer(row, 0, settings, held_out)(*clip)[0] for row in settings.rows}
-    save_strip(path := Path(settings.out) / "baselines.png", rows)
-    return path
-
-
-@torch.no_grad()
-def named_right(model: classifier_guidance.ClassifiedModel, frames: np.ndarray,
-                actions: np.ndarray, k: int) -> np.ndarray:
-    """Where the classifier names the right bin at noise level k: bool [B, T - 1, A] for clips
-    [B, T, H, W, 3] and the actions [B, T, A] taken at their frames."""
-    pixels = to_pixels(torch.from_numpy(frames)).to(model.device)
-    latents = model.encode(pixels)
-    context = model.context(model.image_tokens(pixels[:, 0]), range(frames.shape[1]))
-    levels = torch.full(latents.shape[:2], k, device=model.device)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(k))
-    x = model.schedule.add_noise(latents, levels, noise.to(latents))
-    log_p = model.log_probabilities(x, levels, latents[:, :1], context)
-    true = classifier_guidance.bins_of(
-        model.standardise(torch.from_numpy(actions).float().to(model.device)))
-    return (log_p.argmax(-1) == true).cpu().numpy()
-
-
-def classifier_lines(settings: Settings, held_out: HeldOut) -> list[str]:
-    """How often the classifiers name the right bin of a number that varies, by noise level."""
-    row = "classifier guidance"
-    models = [load_model(run_of(row, seed, settings), kind=RECIPES[row][1].model_class).eval()
-              for seed in range(settings.seeds)]
-    (frames, actions), = read_batches(held_out.episodes, settings.frames, len(held_out.truth),
-                                      PRESETS[preset_of(settings.base)])
-    bins = classifier_guidance.bins_of(torch.from_numpy(actions)).flatten(0, 1)  # [N, A]
-    varies = (bins != bins[0]).any(dim=0).numpy()
-    commonest = np.mean([np.bincount(column).max() / len(column)
-                         for column in bins.numpy().T[varies]])
-    cells = []
-    for k in LEVELS:
-        right = [named_right(model, frames, actions, k)[..., varies] for model in models]
-        cells.append(f"{100 * np.concatenate(right).mean():.0f}")
-    return [f"The classifier's accuracy (%), of the {varies.sum()} numbers that vary; always the "
-            f"commonest bin: {100 * commonest:.0f}", "",
-            f"| noise level | {' | '.join(map(str, LEVELS))} |", f"|{' --- |' * (1 + len(LEVELS))}",
-            f"| accuracy | {' | '.join(cells)} |"]
-
-
-def language_line(settings: Settings, held_out: HeldOut, axes: np.ndarray) -> str:
-    """How often the arm ends further right when told "right" than when told "left"; axes from
-    `directions`."""
-    frames, apart = held_out.truth[:, :1], []
-    for seed in range(settings.seeds):
-        make = imaginer("language-conditioned", seed, settings, held_out)
-        ends = []
-        for word in ("left", "right"):
-            caption = np.tile(language_finetuning.word_numbers([word]),
-                              (len(frames), settings.frames - 1, 1))
-            ends.append(held_out.reader.read(make(frames, caption, caption)[:, -1]) @ axes[:, 0])
-        apart.append(ends[1] - ends[0])
-    return ('Told "right" and told "left", from the same frame, the language-conditioned arm ends '
-            f"further right when told so in {100 * np.mean(np.array(apart) > 0):.0f} % of "
-            f"{np.size(apart)} pairs")
+    return int(np.linalg.norm(held_out.places - starts, axis=-1).argmax())
 
 
 def run(settings: Settings) -> None:
@@ -218,14 +144,13 @@ def run(settings: Settings) -> None:
              "The published figures are of RT-1 at full size, 1024 episodes, 50 steps, Vid2World's "
              "rows with guidance; the other rows' FID was measured with an Inception that still "
              "learned."]
-    if "classifier guidance" in settings.rows:
-        lines += ["", *classifier_lines(settings, held_out)]
-    if "language-conditioned" in settings.rows:
-        axes = directions(open_episodes(settings.data, settings.root, "train"))
-        lines += ["", language_line(settings, held_out, axes)]
     print("\n" + "\n".join(lines))
     (Path(settings.out) / "baselines.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"one episode, as each imagines it: {save_example(settings, held_out)}")
+    clips = {row: np.load(Path(settings.out) / f"{row.replace(' ', '_')}_0.npy")
+             for row in settings.rows}
+    save_strip(path := Path(settings.out) / "baselines.png",
+               {"truth": held_out.truth[farthest(held_out)]} | clips)
+    print(f"one episode, as each imagines it: {path}")
 
 
 main = program(__name__, "baselines", run, Settings, "Compare ways to steer a video model.",

@@ -1,5 +1,4 @@
-"""What comparisons of trained models share: training, held-out episodes, results that are kept, and
-tables over seeds."""
+"""What comparisons share: training, held-out episodes, results that are kept, tables over seeds."""
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,8 @@ from training.run_folder import read_settings
 from training.start import Recipe
 
 # settings on which no single result depends
-FREE = {"rows", "variants", "seeds", "workers", "quick", "out", "resume", "overwrite", "table2"}
+FREE = {"rows", "variants", "methods", "seeds", "starts", "workers", "out", "resume", "overwrite",
+        "table2"}
 COLUMNS = {"loss": ("held-out loss", 4), "psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 3),
            "off": ("gripper off (pixels)", 2)}
 
@@ -32,7 +32,7 @@ COLUMNS = {"loss": ("held-out loss", 4), "psnr": ("PSNR (dB)", 2), "ssim": ("SSI
 @dataclass
 class StartSettings:
     """What a comparison of trained models starts from."""
-    base: str | None = option(None, "passive model to start from; if left out, the bundled one")
+    base: str = option(str(TINY_BASE), "passive model to start from")
     data: str = option("rt1", "data set")
     root: str | None = option(None, "its folder; if left out, datasets/ or else the bundled "
                                     "episodes")
@@ -47,10 +47,7 @@ class TrainingSettings(StartSettings):
     batch: int = option(4, "clips per step")
     frames: int = option(16, "frames per clip in training", least=2)
     val_clips: int = option(16, "held-out clips in a validation loss")
-    workers: int = option(0, "processes that decode frames", least=0)
-    bf16: bool = option(False, "train in bfloat16")
     episodes: int = option(32, "held-out episodes to imagine")
-    quick: bool = option(False, "one seed and a few steps: minutes, and not to be believed")
 
 
 def post_train(run: Path, changes: dict, seed: int, settings: TrainingSettings,
@@ -59,12 +56,12 @@ def post_train(run: Path, changes: dict, seed: int, settings: TrainingSettings,
     run was begun with other settings."""
     every = max(1, settings.steps // 5)
     chosen = training.Settings(
-        data=settings.data, root=settings.root, base=settings.base or str(TINY_BASE), out=str(run),
+        data=settings.data, root=settings.root, base=settings.base, out=str(run),
         resume=(run / "checkpoint.pt").exists(), overwrite=True, steps=settings.steps,
         batch=settings.batch, frames=settings.frames, warmup=min(50, settings.steps // 4),
         cooldown=settings.cooldown, val_every=every, val_clips=settings.val_clips,
         save_every=every, sample_every=10**9, dropout=0.0, augment=False, seed=seed,
-        workers=settings.workers, bf16=settings.bf16, lr=training.LAPTOP["lr"])
+        workers=0, lr=training.LAPTOP["lr"])
     chosen = replace(chosen, **changes)
     chosen.preset = preset_of(chosen.base)
     training.complete(chosen)
@@ -140,11 +137,8 @@ def decisive(settings: object) -> dict:
 
 
 def kept(path: Path, settings: dict, make: Callable[[], dict]) -> dict:
-    """The result in a JSON file, if these settings made it; else it is made now, and written. A
-    result under other settings is another one.
-
-    Always as JSON gives it back: keys are text.
-    """
+    """The result in a JSON file, if these settings made it; else it is made now, and written.
+    Always as JSON gives it back: keys are text."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if known.get("settings") != settings:
         known = {"settings": settings, "result": make()}

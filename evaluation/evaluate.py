@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from baselines.clips import sample_jointly
 from data import DATA_SETS, DataSet, Episodes, bundled_world, fit_frames, open_episodes
 from episodes.frames import cut_bars, for_metrics
 from evaluation.intervals import deviation
 from evaluation.metrics import (ENOUGH, FeatureNetwork, colour_shift, frechet_distance, i3d,
                                 inception, lpips, sharpness, ssim)
-from evaluation.nar import sample_jointly
 from model.vid2world import ModelConfig
 from sample import WorldModel, compare_actions, load_world
 from support.errors import DataError, RequestError

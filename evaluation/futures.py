@@ -1,4 +1,4 @@
-"""Several futures of one past: python -m evaluation.futures
+"""Several futures of one past (the paper's D.7): python -m evaluation.futures
 
 The same first frame and the same actions, and other noise: where the past does not decide what
 comes, imagined futures part. Does their spread say where the world errs?
@@ -8,8 +8,6 @@ comes, imagined futures part. Does their spread say where the world errs?
     ratio     of the two, 1 where what came is like one draw more
     pixels    correlation of spread and error among the pixels of a frame, mean over episodes
     episodes  correlation of their means, among episodes: does a doubtful future turn out wrong?
-
-Paper: D.7.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from evaluation.evaluate import WorldSettings, open_held_out, read_batches, roll
 from evaluation.policies import pearson
 from sample import WorldModel
 from support.options import option, program
-from support.pictures import save_curves, save_strip
+from support.pictures import save_strip
 
 
 @dataclass
@@ -67,14 +65,12 @@ def run(settings: Settings) -> None:
               f"{size(doubt[None]) / size(fault[None]):.2f} | {among:.2f} | "
               f"{pearson(doubt, fault):.2f} |")
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
-    save_curves(out / "spread.png", {"spread": list(enumerate(doubts.mean(axis=0))),
-                                     "error": list(enumerate(faults.mean(axis=0)))}, "frame")
     i = doubts[:, -1].argmax()
     maps = {name: np.repeat((4 * each[i]).clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
             for name, each in (("spread, times 4", spread), ("error, times 4", error))}
     save_strip(out / "futures.png", {"truth": truth[i]} | {
         f"seed {settings.seed + n}": future[i] for n, future in enumerate(imagined)} | maps)
-    print(f"\npictures: {out}/futures.png, the most doubtful episode; {out}/spread.png")
+    print(f"\npicture: {out}/futures.png, the most doubtful episode")
 
 
 main = program(__name__, "futures", run, Settings, "Imagine several futures of one past.")

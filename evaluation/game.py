@@ -1,8 +1,7 @@
 """Does the imagined hall follow actions? python -m evaluation.game --root recorded/arena
 
-Who walks through a hall wants to know where they are. A small network learns to read the player's
-place and direction off recorded frames, whose truth the game knew, and then reads them off imagined
-ones:
+A small network learns to read the player's place and direction off recorded frames, whose truth the
+game knew, and then reads them off imagined ones:
 
     recorded      under an episode's actions: how like what happened are the pictures (PSNR, SSIM),
                   and how far is the player from where they were, after 12 and after 60 frames?
@@ -12,8 +11,7 @@ ones:
                   so this asks whether the network knows the hall by heart.
     holds         a strip of 100 frames, a key or a turn held for ten at a time
 
-for the world model, for DIAMOND where a checkpoint is named, and for repeating the last given
-frame.
+for the world model, for DIAMOND where a checkpoint is named, and for a frame that stands still.
 """
 import json
 import time
@@ -32,7 +30,7 @@ from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from episodes.csgo import csgo_action
 from evaluation.evaluate import (RepeatLastFrame, WorldSettings, open_held_out, read_batches,
                                  rollout_batch)
-from evaluation.intervals import deviation
+from evaluation.intervals import mean_and_deviation
 from evaluation.metrics import ssim
 from evaluation.readers import FrameReader, fit
 from model.saving import save
@@ -185,23 +183,15 @@ def contenders(settings: Settings, world: WorldModel) -> dict[str, Callable[[int
     return worlds
 
 
-def table(rows: dict[str, dict[str, float]]) -> list[str]:
-    """Markdown: a row per world, a column per measurement."""
-    heads = list(next(iter(rows.values())))
+def table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
+    """Markdown: a row per world, a column per measurement, its mean ± deviation over seeds."""
+    heads = list(next(iter(rows.values()))[0])
     lines = [f"| | {' | '.join(heads)} |", f"|{' --- |' * (1 + len(heads))}"]
-    for name, row in rows.items():
-        numbers = (f"{row[head]:.3f}" if abs(row[head]) < 1 else f"{row[head]:.2f}"
-                   for head in heads)
-        lines.append(f"| {name} | {' | '.join(numbers)} |")
+    for name, runs in rows.items():
+        columns = [[run[head] for run in runs] for head in heads]
+        cells = [mean_and_deviation(column, 3 if abs(column[0]) < 1 else 2) for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
-
-
-def mean_and_spread(runs: list[dict[str, float]]) -> dict[str, float]:
-    """The means over seeds and, of the first figure, the standard deviation."""
-    means = {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
-    first = next(iter(means))
-    spread = deviation([run[first] for run in runs])
-    return {first: means.pop(first), "± of seeds": spread} | means
 
 
 def run(settings: Settings) -> None:
@@ -225,13 +215,13 @@ def run(settings: Settings) -> None:
     short, long, repeated, pictures = {}, {}, {}, {"truth": frames[0, GIVEN - 1 :]}
     first = InitialStates(frames[:1], actions[:1], poses[:1])
     for name, make in contenders(settings, world).items():
-        runs = [follow(make(seed), starts, reader, settings.batch, SHORT)
-                for seed in range(settings.seeds)]
-        short[name] = mean_and_spread(runs) | {"seconds a frame": seconds_a_frame(make(0), starts)}
-        print(f"{name}: {short[name]['PSNR']:.2f} dB", flush=True)
+        short[name] = [follow(make(seed), starts, reader, settings.batch, SHORT)
+                       | {"seconds a frame": seconds_a_frame(make(seed), starts)}
+                       for seed in range(settings.seeds)]
+        print(f"{name}: {np.mean([run['PSNR'] for run in short[name]]):.2f} dB", flush=True)
         if not settings.quick:
-            long[name] = follow(make(0), starts, reader, settings.batch, LONG)
-            repeated[name] = follow_repeated(make(0), starts, reader, settings.batch)
+            long[name] = [follow(make(0), starts, reader, settings.batch, LONG)]
+            repeated[name] = [follow_repeated(make(0), starts, reader, settings.batch)]
             pictures[name] = rollout_action(make(0), first, batch=1)[0, GIVEN - 1 :]
             holds = np.repeat([csgo_action(keys, x=x) for keys, x in HOLDS], 10, axis=0)
             clip = rollout_action(make(0), first, 1, holds, len(holds))[0, GIVEN - 1 :]

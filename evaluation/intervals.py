@@ -32,3 +32,9 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def rate_and_interval(outcomes: np.ndarray) -> tuple[str, str]:
+    """In per cent, of outcomes bool [N]."""
+    low, high = wilson(int(outcomes.sum()), len(outcomes))
+    return f"{100 * outcomes.mean():.0f} %", f"{100 * low:.0f}–{100 * high:.0f}"

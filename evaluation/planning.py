@@ -4,23 +4,18 @@
     python -m evaluation.planning
 
 An imperfect policy closes a drawer (evaluation/policies.py). A proposal is that policy with a noise
-of its own on top. At a decision, K of them are imagined side by side for H frames, with the same
-noise in the world; a small network reads off their ends how far the drawer is open still; the best
-is followed for a few frames, and then it is decided anew.
+of its own on top. At a decision K of them are imagined for H frames, all in the same noise of the
+world; a small network reads off their ends how far the drawer is open still; the best is followed
+for a few frames, and then it is decided anew.
 
-    policy alone   without noise, without a world
-    random         one of the proposals
-    shuffled       the best in a world in which each is given another's actions
-    world          the best in the world
-    CEM            the same; then, twice, as many are drawn about the best four (the cross-entropy
-                   method)
-    simulator      the best in the simulator itself: the most that ranking can give
+    policy alone   no noise, no world          world      the best in the world
+    random         any of the proposals        CEM        the same, then twice as many more about
+    shuffled       the best in a world that               the best four (cross-entropy method)
+                   mixes up their actions      simulator  the best in the simulator itself
 
-Success is counted in the simulator, and as it was imagined at the last decision. A world that is
-too kind is fooled: it sees a drawer closed that stays open. Could it have known? Its other seeds
-are asked for the same end, and their standard deviation is its doubt.
-
-The paper leaves planning out for speed (A.7).
+Success is counted in the simulator, and as imagined at the last decision. A world that is too kind
+is fooled: it sees a drawer closed that stays open. Could it have known? Four other seeds are asked
+for the same end, and their standard deviation is its doubt. (The paper leaves planning out, A.7.)
 """
 import time
 from dataclasses import dataclass
@@ -33,7 +28,7 @@ from bundled.record_drawer import Simulator, smooth_noise
 from bundled.train_policies import TASK, begin, hold, opening
 from evaluation.comparison import decisive, kept, measure_all
 from evaluation.evaluate import WorldSettings
-from evaluation.intervals import wilson
+from evaluation.intervals import rate_and_interval
 from evaluation.policies import CLOSED, HORIZON, MARKS, STARTS, load_policies, policy_action
 from sample import WorldModel
 from support.errors import RequestError
@@ -68,8 +63,7 @@ class Planner:
     """The policy, the worlds, and what reads a drawer."""
 
     def __init__(self, settings: Settings):
-        self.settings = settings
-        model = settings.load_world().model
+        self.settings, model = settings, settings.load_world().model
         policies, self.verifier = load_policies()
         self.policy = policies[settings.policy]
         self.world, self.doubtful = (
@@ -101,20 +95,17 @@ class Planner:
                           for _ in range(self.settings.proposals)])
         if method in ("policy alone", "random"):
             return noise[0] * (method == "random")
-
-        def ends(noise: np.ndarray) -> np.ndarray:
-            if method == "simulator":
-                return real.ends(noise)
-            return self.imagine(self.world, real, noise, method == "shuffled")[1]
-
-        found = ends(noise)
-        for _ in range(ROUNDS - 1 if method == "CEM" else 0):
-            best = noise[found.argsort()[:ELITE]]
+        rounds = ROUNDS if method == "CEM" else 1
+        while True:
+            ends = (real.ends(noise) if method == "simulator"
+                    else self.imagine(self.world, real, noise, method == "shuffled")[1])
+            rounds -= 1
+            if rounds == 0:
+                return noise[ends.argmin()]
+            best = noise[ends.argsort()[:ELITE]]
             spread = np.maximum(best.std(axis=0), LEAST)
-            noise = np.concatenate([best[:1], best.mean(axis=0) + spread * random.standard_normal(
-                (len(noise) - 1, h, 4))])
-            found = ends(noise)
-        return noise[found.argmin()]
+            drawn = spread * random.standard_normal((len(noise) - 1, h, 4))
+            noise = np.concatenate([best[:1], best.mean(axis=0) + drawn])
 
 
 class Start:
@@ -165,7 +156,7 @@ class ImaginedStart(Start):
 
 
 def attempt(planner: Planner, method: str, start: Start, seed: int) -> dict[str, float]:
-    """Drive the start to its end; metres and seconds. And an animation beside what was imagined."""
+    """Drive the start to its end: metres and seconds, and an animation."""
     random, begun, seconds, imagined = np.random.default_rng([13, seed]), start.opening(), [], []
     out = Path(planner.settings.out)
     while len(start.actions) < HORIZON:
@@ -186,11 +177,6 @@ def attempt(planner: Planner, method: str, start: Start, seed: int) -> dict[str,
     return result
 
 
-def rate(closed: np.ndarray) -> str:
-    low, high = wilson(int(closed.sum()), len(closed))
-    return f"{100 * closed.mean():.0f} % ({100 * low:.0f}–{100 * high:.0f})"
-
-
 def run(settings: Settings) -> None:
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     planner, methods, simulator = Planner(settings), settings.methods or list(METHODS), None
@@ -204,10 +190,8 @@ def run(settings: Settings) -> None:
         def make() -> dict:
             start = (Start(planner, seed, simulator) if simulator else ImaginedStart(planner, seed))
             return attempt(planner, method, start, seed)
-        chosen = {name: value for name, value in decisive(settings).items()
-                  if name not in ("starts", "methods")}
         return kept(out / f"{method.replace(' ', '_')}_{seed}.json",
-                    chosen | {"simulator": bool(simulator)}, make)
+                    decisive(settings) | {"simulator": bool(simulator)}, make)
 
     results = measure_all(methods, settings.starts, measure)
     begun = 100 * np.array([run["begun"] for run in results[methods[0]]])
@@ -219,12 +203,13 @@ def run(settings: Settings) -> None:
     fooled, honest = [], []
     for method, runs in results.items():
         runs = [run for run in runs if run["begun"] >= CLOSED]
-        real, imagined = (np.array([run[side] for run in runs]) < CLOSED
-                          for side in ("real", "imagined"))
+        real, imagined, doubts = (np.array([run[name] for run in runs])
+                                  for name in ("real", "imagined", "doubt"))
+        real, imagined = real < CLOSED, imagined < CLOSED
         kind = imagined & ~real
-        lines.append(f"| {method} | {rate(real)} | {rate(imagined)} | {kind.sum()} of "
-                     f"{imagined.sum()} | {np.mean([run['seconds'] for run in runs]):.1f} |")
-        doubts = np.array([run["doubt"] for run in runs])
+        rates = " | ".join("{} ({})".format(*rate_and_interval(side)) for side in (real, imagined))
+        lines.append(f"| {method} | {rates} | {kind.sum()} of {imagined.sum()} | "
+                     f"{np.mean([run['seconds'] for run in runs]):.1f} |")
         fooled, honest = [*fooled, *doubts[kind]], [*honest, *doubts[imagined & real]]
     if fooled and honest:
         more = np.mean(np.array(fooled)[:, None] > np.array(honest))
@@ -233,7 +218,6 @@ def run(settings: Settings) -> None:
                   "pairs, and in 50 where doubt says nothing"]
     print("\n" + "\n".join(lines))
     (out / "planning.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"\nanimations: {out}/closed_*.gif, fooled_*.gif, open_*.gif")
 
 
 main = program(__name__, "planning", run, Settings, "Choose actions in the imagined world.")

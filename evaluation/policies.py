@@ -2,21 +2,19 @@
 
     python -m evaluation.policies --quick         (10 starts; without, 50)
     python -m evaluation.policies --guidance 1 2 3
+    python -m evaluation.policies --replay        does the drawer move when pushed, and only then?
 
-A robot is slow and breaks; a world model does not. So policies are tried out in the model: from a
-real first frame, the policy sees a frame and acts, the model predicts the next, and so on for 40
-frames; then a success classifier says whether the drawer is closed. What counts is whether the
-model orders the policies as reality does, here a simulator whose outcomes are recorded
-(bundled/judge_in_simulator.py):
+Policies are tried out in the model: from a real first frame, the policy sees a frame and acts, the
+model predicts the next, and so on for 40 frames; then a success classifier says whether the drawer
+is closed. What counts is whether the model orders the policies as reality does, here a simulator
+whose outcomes are recorded (bundled/judge_in_simulator.py):
 
     Pearson r   of success in the model and in the simulator, over the policies
     MMRV        mean maximum rank violation: for each policy the largest true difference from one
                 that the model puts on the wrong side of it, averaged (Li et al. 2024, SIMPLER)
 
 Two controls must fail: a world whose actions are another start's, and one in which nothing moves.
-The bundled policies are five checkpoints of one run of behaviour cloning, which
-bundled/train_policies.py makes.
-
+The bundled policies are checkpoints of one run of behaviour cloning (bundled/train_policies.py).
 Your own, for a world of your own recordings:
 
     python -m evaluation.train_verifier labels.csv --root my_robot --out verdict.pt
@@ -47,8 +45,8 @@ from tqdm import tqdm
 from data import SAMPLES, bundled_world, fit_frames, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
 from evaluation.comparison import kept
-from evaluation.evaluate import RepeatLastFrame, WorldSettings
-from evaluation.intervals import wilson
+from evaluation.evaluate import RepeatLastFrame, WorldSettings, rollout_batch
+from evaluation.intervals import rate_and_interval, wilson
 from evaluation.readers import FrameReader
 from model.saving import CHECKPOINTS, checkpoint_file
 from model.vid2world import Model, ModelConfig
@@ -66,6 +64,7 @@ HORIZON = 40  # frames that a policy has
 DECISIVE = ("checkpoint", "policy", "verifier", "data", "root", "horizon", "seed")
 CLOSED = 0.02  # metres: a drawer that is open by less is closed
 UNIT = 0.1  # metres, in which the success classifier counts
+MOVED = 0.02  # metres: a drawer that is elsewhere at the end
 
 Policy = Callable[[np.ndarray], np.ndarray]  # frames uint8 [B, H, W, 3] -> actions [B, A]
 Verifier = Callable[[np.ndarray], np.ndarray]  # videos uint8 [B, T, H, W, 3] -> success bool [B]
@@ -117,11 +116,6 @@ def load_policies(path: Path = POLICIES) -> tuple[dict[str, FrameReader], Succes
     return policies, SuccessClassifier(verifier)
 
 
-def untrained() -> FrameReader:
-    torch.manual_seed(1)
-    return policy_network().eval()
-
-
 def world_of(settings: WorldSettings) -> str | Path:
     """The checkpoint that is asked for, or the bundled one."""
     return settings.checkpoint or bundled_world(settings.data)
@@ -171,6 +165,8 @@ class Settings(WorldSettings):
     horizon: int = option(HORIZON, "frames that a policy has")
     controls: bool = option(False, "also in a world of shuffled actions and in one where nothing "
                                    "moves, and an untrained policy")
+    replay: bool = option(False, "do again what was done in the simulator, and see whether the "
+                                 "drawer moves where it did")
     quick: bool = option(False, "10 starts: minutes")
     out: str = option("evaluations/policies", "folder for the results")
 
@@ -259,7 +255,8 @@ def open_policies(settings: Settings) -> tuple[dict[str, Policy], Verifier]:
                  for words in settings.policy}, load_verifier(settings.verifier))
     networks, verifier = load_policies()
     if settings.controls:
-        networks["untrained"] = untrained()
+        torch.manual_seed(1)
+        networks["untrained"] = policy_network().eval()
     return {name: lambda frames, network=network: policy_action(network.read(frames))
             for name, network in networks.items()}, verifier
 
@@ -270,7 +267,9 @@ def successes(trial: Trial, name: str, policy: Policy, verifier: Verifier, start
     one of a failure, where there are any."""
     out, succeeded, size = Path(settings.out), [], settings.batch
     # a checkpoint or a policy that was trained further is another one
-    paths = map(Path, [checkpoint_file(world_of(settings)), *(settings.policy or [POLICIES])])
+    code = [words.partition(":")[0].replace(".", "/") + ".py" if ":" in words else words
+            for words in settings.policy or []]
+    paths = map(Path, [checkpoint_file(world_of(settings)), *(code or [POLICIES])])
     chosen = {key: getattr(settings, key) for key in DECISIVE} | {
         "written": [path.stat().st_mtime_ns for path in paths if path.exists()]}
 
@@ -290,8 +289,47 @@ def successes(trial: Trial, name: str, policy: Policy, verifier: Verifier, start
     return np.array(succeeded)
 
 
-HEAD = """| policy | success in the model | 95 % | in the simulator | 95 % | starts that agree |
-| --- | --- | --- | --- | --- | --- |"""
+# --------------------------------------------------------------------------------------------------
+# Contact: does the drawer move when it is pushed, and only then?
+
+
+def moves(openings: np.ndarray) -> np.ndarray:
+    """Whether the drawer moves, of openings [N, T] in metres."""
+    return np.abs(openings[:, -1] - openings[:, 0]) > MOVED
+
+
+def describe(true: np.ndarray, imagined: np.ndarray) -> str:
+    """Cells of the table, from openings [N, T]."""
+    moved, moves_too = moves(true), moves(imagined)
+    off = 1000 * np.abs(imagined - true)[:, -1]
+    share = [f"{100 * moves_too[those].mean():.0f} %" if those.any() else "–"
+             for those in (moved, ~moved)]
+    return (f"{moved.sum()} of {len(moved)} | {share[0]} | {share[1]} | {np.median(off):.0f} | "
+            f"{1000 * (imagined - true)[:, -1].mean():+.0f}")
+
+
+def replay(settings: Settings) -> None:
+    """What the bundled policies did in the simulator is done again in the model: how far is the
+    drawer open, and how far was it?"""
+    (_, verifier), truth, found = load_policies(), np.load(STARTS), {}
+    world = settings.load_world(guidance=(settings.guidance or [None])[0])
+    starts = truth["frames"][: settings.starts]
+    print(f"{len(starts)} starts a policy; {world.sampling}\n\n| actions of | the drawer moves | "
+          f"of these in the model | of the others | mm off | mean |\n|{' --- |' * 6}")
+    for name in MARKS:
+        actions = policy_action(truth[f"{name}, actions"][: settings.starts])
+        videos = rollout_batch(world, starts[:, None], actions, batch=settings.batch)
+        found[name] = truth[name][: settings.starts], verifier.opening(videos)
+        print(f"| {name} | {describe(*found[name])} |", flush=True)
+    true, imagined = (np.concatenate(side) for side in zip(*found.values(), strict=True))
+    print(f"| all | {describe(true, imagined)} |")
+    curves = {label: list(enumerate(1000 * rows[moves(true)].mean(axis=0)))
+              for label, rows in (("in the simulator", true), ("in the model", imagined))}
+    save_curves(path := Path(settings.out) / "contact.png", curves, "frame")
+    print(f"\nplot: {path}, the opening in mm where the drawer moves")
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def run(settings: Settings) -> None:
@@ -299,6 +337,8 @@ def run(settings: Settings) -> None:
     if settings.quick:
         settings.starts = min(settings.starts, 10)
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
+    if settings.replay:
+        return replay(settings)
     model = load_world(world_of(settings)).model
     policies, verifier = open_policies(settings)
     starts, true = read_starts(settings, model.config)
@@ -308,8 +348,9 @@ def run(settings: Settings) -> None:
     agreement = ["| world | Pearson r | MMRV | largest difference (points), 95 % over starts |",
                  "| --- | --- | --- | --- |"]
     for trial in trials(model, settings):
-        print(f"\n{trial.title}: {len(starts)} starts, {settings.horizon} frames\n\n" + HEAD)
         rates = {}
+        print(f"\n{trial.title}: {len(starts)} starts, {settings.horizon} frames\n\n| policy | in the "
+              f"model | 95 % | in truth | 95 % | starts that agree |\n|{' --- |' * 6}")
         for name, policy in policies.items():
             rates[name] = successes(trial, name, policy, verifier, starts, settings)
             print(say_successes(name, rates[name], true.get(name)), flush=True)
@@ -323,13 +364,9 @@ def run(settings: Settings) -> None:
 
 def say_successes(name: str, successes: np.ndarray, true: np.ndarray | None) -> str:
     """A row of the table."""
-    def rate(outcomes: np.ndarray) -> list[str]:
-        low, high = wilson(int(outcomes.sum()), len(outcomes))
-        return [f"{100 * outcomes.mean():.0f} %", f"{100 * low:.0f}–{100 * high:.0f}"]
-
-    cells = [name, *rate(successes)]
+    cells = [name, *rate_and_interval(successes)]
     if true is not None:
-        cells += [*rate(true), f"{100 * (successes == true).mean():.0f} %"]
+        cells += [*rate_and_interval(true), f"{100 * (successes == true).mean():.0f} %"]
     return f"| {' | '.join(cells)} |"
 
 

@@ -2,9 +2,9 @@
 
     python -m evaluation.train_verifier labels.csv --root my_robot --out verdict.pt
 
-labels.csv has rows `episode,success`: the name of an episode as its folder has it, and 1 or 0. The
-classifier sees an episode's last frame; how often it is right is told by a fifth of the episodes,
-which it does not learn from. For `python -m evaluation.policies --verifier verdict.pt`.
+labels.csv has rows `episode,success`: the name of an episode's folder, and 1 or 0. The classifier
+sees an episode's last frame; how often it is right is told by a fifth of the episodes, which it
+does not learn from. For `python -m evaluation.policies --verifier verdict.pt`.
 """
 import csv
 from dataclasses import dataclass
@@ -63,7 +63,6 @@ def run(settings: Settings) -> None:
     print(f"right about {right.sum()} of {len(right)} episodes that it has not seen "
           f"({100 * low:.0f} to {100 * high:.0f} %)")
     save(settings.out, {"verifier": network.state_dict()})
-    print(f"{settings.out}: for python -m evaluation.policies --verifier {settings.out}")
 
 
 main = program(__name__, "train_verifier", run, Settings, "Train a success classifier.")

@@ -1,19 +1,15 @@
 """Which transfer, which norm scope? python -m evaluation.transfers
 
-Making a pretrained network causal takes knowledge away from it: how much, before any training? The
-same held-out clips, noised at one shared level, go through the passive base and through its causal
-versions. Two figures say how far a network was thrown from what it had learned:
-
-    distance   of its velocities from the base's, relative to their size
-    features   cosine of the two outputs of the first temporal convolution (the paper's D.11)
-
-With `--trained runs/ablations/*_0` the same of networks that were trained on.
+Making a pretrained network causal takes knowledge away from it: how much, before any training (and
+after: `--trained runs/ablations/*_0`)? The same held-out clips, noised at one shared level, go
+through the passive base and through its causal versions. Two figures say how far a network was
+thrown from what it had learned: the distance of its velocities from the base's, relative to their
+size, and the cosine of the two outputs of the first temporal convolution (the paper's D.11).
 
 The theory (A.1 to A.3) is about features that are linear in time: there extrapolative transfer is
 exact, and shift is off by the slope times Σw (`python causal_conv.py`). How linear are those of
 this base? Printed is how far a frame's features are from the line through the two before, and from
-zero, which masked transfer puts in their place. How well all of them learn afterwards is measured
-by evaluation/ablations.py.
+zero, which masked transfer puts in their place.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +23,7 @@ from torch import Tensor
 from causal_conv import TRANSFER_METHODS, TemporalConv
 from data import Clips, collate, open_episodes, require_clips
 from evaluation.comparison import StartSettings
-from model.saving import TINY_BASE, from_dynamicrafter, load_model, preset_of
+from model.saving import from_dynamicrafter, load_model, preset_of
 from model.vid2world import PRESETS, Model, to_pixels
 from support.options import option, program
 from support.pictures import save_curves
@@ -86,7 +82,7 @@ class Settings(StartSettings):
 
 
 def run(settings: Settings) -> None:
-    base = Path(settings.base or TINY_BASE)
+    base = Path(settings.base)
     config = PRESETS[preset_of(base)]
     held_out = open_episodes(settings.data, settings.root, "val", min_length=settings.frames)
     clips = Clips(held_out, settings.frames, config.size, seed=0)

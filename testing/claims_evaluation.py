@@ -21,7 +21,7 @@ from bundled.bundle_checkpoint import bundle_base, bundle_world
 from bundled.tune_decoder import tune_decoder
 from data import DATA_SETS, SAMPLES, open_episodes
 from dynamicrafter.checkpoint import read_checkpoint
-from evaluation import (ablations, baselines, comparison, contact, controllability, evaluate,
+from evaluation import (ablations, baselines, comparison, controllability, evaluate,
                         futures, game, intervals, metrics, policies, transfers)
 from model.saving import (ARENA_WORLD, TINY_BASE, TINY_WORLD, from_dynamicrafter, load_model)
 from model.vid2world import PRESETS
@@ -371,19 +371,6 @@ def test_a_variant_is_compared_with_the_baseline_seed_by_seed():
                                                             "| other | 0.500 |"]
 
 
-def test_words_move_the_arm_to_the_side_that_they_name():
-    settings = baselines.Settings(base=str(TINY_BASE), frames=3, seeds=2, out=str(folder()))
-
-    def obeys(frames, actions, captions):  # pictures as bright as the number of the first word
-        return np.zeros((4, 3, 8, 8, 3)) + captions[:, -1:, None, None, :1]
-
-    reader = SimpleNamespace(read=lambda frames: frames[:, 0, 0, :2])
-    held_out = comparison.HeldOut(None, np.zeros((4, 3, 8, 8, 3), np.uint8), None, reader)
-    with mock.patch.object(baselines, "imaginer", lambda *row: obeys):
-        line = baselines.language_line(settings, held_out, np.eye(2, 3))
-    assert line.endswith("in 100 % of 8 pairs"), line  # "right" is the later word
-
-
 def test_a_variant_without_dropout_is_rolled_out_without_guidance():
     settings, asked = ablations.Settings(out=str(folder()), guidance=3.0), []
     held_out = comparison.HeldOut(None, np.zeros((1, 16, 16, 16, 3), np.uint8), None)
@@ -449,7 +436,7 @@ def test_transfers_and_ablations_are_compared():
     assert all(0 < float(row[2]) < 1 and 0 < float(row[3]) < 10 for row in rows), printed
     out = folder()
     words = ["--variants", "baseline", "lr=1e-4 batch=1", "from scratch", "--seeds", 1,
-             "--steps", 1, "--cooldown", 1, "--batch", 1, "--frames", 4, "--workers", 0,
+             "--steps", 1, "--cooldown", 1, "--batch", 1, "--frames", 4,
              "--val-clips", 1, "--episodes", 1, "--denoising-steps", 1, "--out", out]
     mock.patch.object(comparison, "has_gripper", return_value=False).start()
     code, printed = run_command(ablations.main, *words)
@@ -514,7 +501,6 @@ def test_measurements_refuse_what_they_cannot_measure():
     refused(controllability.main, "--data", "bridge", saying="no bridge in datasets")
     refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")
     for main, name in ((ablations.main, "seeds"), (baselines.main, "episodes"),
-                       (contact.main, "batch"),
                        (game.main, "reader-steps"), (policies.main, "horizon"),
                        (speed.main, "rounds"), (transfers.main, "clips")):
         for number in (0, -1):

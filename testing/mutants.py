@@ -364,8 +364,8 @@ FAULTS = {
         ("np.clip(numbers, -1, 1)", "numbers", "a policy may ask for more than full speed"),
     ],
     ("evaluation/planning.py", "a_plan_is"): [
-        ("noise[found.argmin()]", "noise[found.argmax()]", "the worst proposal is followed"),
-        ("found.argsort()[:ELITE]", "found.argsort()[-ELITE:]", "CEM draws about the worst"),
+        ("noise[ends.argmin()]", "noise[ends.argmax()]", "the worst proposal is followed"),
+        ("ends.argsort()[:ELITE]", "ends.argsort()[-ELITE:]", "CEM draws about the worst"),
         ("np.roll(action, 1, axis=0) if shuffled", "action if shuffled",
          "shuffled actions are not shuffled"),
         ("        self.frames, self.actions = seen, done\n", "", "what was tried stays done"),
@@ -374,7 +374,7 @@ FAULTS = {
         ("start.follow(followed)", "start.follow(noise[::-1][: len(followed)])",
          "the end of a proposal is followed first"),
     ],
-    ("evaluation/contact.py", "contact"): [
+    ("evaluation/policies.py", "contact"): [
         ("(imagined - true)[:, -1].mean()", "(true - imagined)[:, -1].mean()",
          "the sign of the drawer's error"),
         ("np.abs(openings[:, -1] - openings[:, 0]) > MOVED",
@@ -393,17 +393,14 @@ FAULTS = {
         ("apart(ahead[:, t + 6], ahead[:, t])", "apart(ahead[:, t + 6], ahead[:, t + 5])",
          "six frames ahead are one"),
     ],
-    ("evaluation/nar.py", "together"): [
+    ("baselines/clips.py", "together"): [
         ("predict(x, k, 0.0)", "predict(x, k, 1.0)", "both passes know the actions"),
         ("context, align_actions(actions), mask)", "context, actions, mask)",
          "actions are not aligned"),
     ],
-    ("evaluation/baselines.py", "row_of_the accuracy words_move"): [
-        ("np.repeat(frames[:, :1], settings.frames, axis=1)",
-         "np.repeat(frames[:, -1:], settings.frames, axis=1)", "repeating knows the last frame"),
-        ("apart.append(ends[1] - ends[0])", "apart.append(ends[0] - ends[1])",
-         "left is right to whoever is told so"),
-        ("log_p.argmax(-1) == true", "log_p.argmin(-1) == true", "the worst guess is counted"),
+    ("evaluation/baselines.py", "row_of_the"): [
+        ("np.repeat(truth[:, :1], settings.frames, axis=1)",
+         "np.repeat(truth[:, -1:], settings.frames, axis=1)", "repeating knows the last frame"),
     ],
     ("evaluation/transfers.py", "distance_of_a_transfer"): [
         ("(off / size).sqrt()", "off.sqrt()", "the distance is not relative"),

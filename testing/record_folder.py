@@ -1,7 +1,7 @@
 """Record 40 episodes of another task as a robot of one's own would: pictures and actions.npy.
 
     pip install metaworld mujoco packaging     (and Debian's libosmesa6, to render off-screen)
-    python -m bundled.record_folder my_robot plate-slide-side-v3
+    python -m testing.record_folder my_robot plate-slide-side-v3
     python train.py --data folder --root my_robot
 """
 import json

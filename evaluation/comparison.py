@@ -74,8 +74,7 @@ def post_train(run: Path, changes: dict, seed: int, settings: TrainingSettings,
 
 
 def require_same(run: Path, chosen: training.Settings) -> None:
-    """Raises DataError for a run that was begun with other settings: hours of training are neither
-    mixed nor thrown away."""
+    """Raises DataError for a run begun otherwise: its hours are neither mixed nor thrown away."""
     begun = read_settings(run)
     for name, value in decisive(chosen).items():
         if begun.get(name) != value:

@@ -1314,7 +1314,7 @@ def test_validation_says_whether_a_world_follows_its_actions():
     def said(*vals, gap):
         rows = [{"step": i, "val": val, "gap": gap, "gap_error": 0.1}
                 for i, val in enumerate(vals)]
-        recorder = SimpleNamespace(model=model, log=SimpleNamespace(rows=rows))
+        recorder = SimpleNamespace(model=model, log=SimpleNamespace(rows=rows), out=Path())
         return run_command(lambda _: Recorder.say_how_it_went(recorder))[1]
 
     # always the same noise, and nothing hidden, whatever the run trains with

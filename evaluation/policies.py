@@ -349,8 +349,8 @@ def run(settings: Settings) -> None:
                  "| --- | --- | --- | --- |"]
     for trial in trials(model, settings):
         rates = {}
-        print(f"\n{trial.title}: {len(starts)} starts, {settings.horizon} frames\n\n| policy | in the"
-              f" model | 95 % | in truth | 95 % | starts that agree |\n|{' --- |' * 6}")
+        print(f"\n{trial.title}: {len(starts)} starts, {settings.horizon} frames\n\n| policy | in "
+              f"the model | 95 % | in truth | 95 % | starts that agree |\n|{' --- |' * 6}")
         for name, policy in policies.items():
             rates[name] = successes(trial, name, policy, verifier, starts, settings)
             print(say_successes(name, rates[name], true.get(name)), flush=True)

@@ -182,7 +182,7 @@ FAULTS = {
         ("rise = (step + 1) / max(settings.warmup, 1)", "rise = 1", "no warmup"),
         ("fall = (settings.steps - step) / max(settings.cooldown, 1)", "fall = 1", "no cooldown"),
         ("lr=settings.lr, fused", "lr=settings.lr, betas=(0.5, 0.9), fused", "Adam's betas"),
-        ("clip_gradients(parameters, settings.clip_grad)", "clip_gradients(parameters, 1e9)",
+        ("clip_grad_norm_(parameters, settings.clip_grad)", "clip_grad_norm_(parameters, 1e9)",
          "gradients are not clipped"),
         ("            optimizer.zero_grad()", "            pass", "gradients of all steps add up"),
         ("manual_seed(mix_seeds(settings.seed, clip))", "manual_seed(torch.seed())",

@@ -1,6 +1,7 @@
 """Claims about the page and its server."""
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -19,6 +20,7 @@ import data
 from data import DATA_SETS, SAMPLES, open_episodes
 from play.server import PlayServer
 from play.session import Session
+from testing.commands import folder
 from testing.player import Player, picture_of, play_server
 from testing.worlds import (small_world)
 
@@ -233,3 +235,23 @@ def test_four_may_play_at_once_and_a_closed_tab_makes_room():
         assert len(server.sessions) == 3 and Player(server).hello
         for player in players[1:]:
             player.leave()
+
+
+def test_the_notebooks_cells_run_as_a_script():
+    path, here = HERE / "play" / "notebook.ipynb", os.getcwd()
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(line for line in cell["source"] if not line.startswith("!"))
+            for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == 4 and not any(cell.get("outputs") for cell in cells)
+    shown, out = {}, folder()
+    os.chdir(HERE / "play")  # where it is opened
+    try:
+        for cell in code:
+            # pictures into a folder of this test, and few frames
+            cell = re.sub(r'"(\w+\.png)"', rf'r"{out}/\1"', cell).replace("(0, 16)", "(0, 4)")
+            exec(cell.replace("range(8)", "range(2)").replace("[:8]", "[:2]"), shown)
+    finally:
+        os.chdir(here)
+    assert {path.name for path in out.iterdir()} == {"strip.png", "sweeps.png", "guidance.png"}
+    futures = shown["futures"].astype(int)
+    assert futures.shape[:2] == (6, 2) and abs(futures[0] - futures[1]).max() > 60

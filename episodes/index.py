@@ -21,7 +21,6 @@ from support.options import cache_folder
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")  # a folder's name in TFDS
 
-
 Listing = list[tuple[str, list[str]]]  # folders, and the names of the files in each
 
 
@@ -29,7 +28,9 @@ def list_files(root: Path) -> Listing:
     """A folder and all below it, links to folders followed; where links go round in circles, each
     folder once. Raises DataError if there is no such folder."""
     if not root.is_dir():
-        raise DataError(f"there is no folder {root}; give the one that holds the episodes (--root)")
+        hint = "; evaluation/RESULTS.md says how it is recorded" * (root.parts[:1] == ("recorded",))
+        raise DataError(f"there is no folder {root}; give the one that holds the episodes (--root)"
+                        + hint)
     visited, listing = set(), []
     for folder, below, names in os.walk(root, followlinks=True):
         stat = os.stat(folder)

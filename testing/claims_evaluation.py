@@ -498,6 +498,7 @@ def test_commands_refuse_bad_words_in_a_sentence():
 def test_measurements_refuse_what_they_cannot_measure():
     refused(evaluate.main, "--episodes", 99, saying="32 of at least 16 frames are held out")
     refused(evaluate.main, "--checkpoint", "none.pt", saying="no checkpoint at")
+    refused(game.main, "--root", "recorded/none", saying="RESULTS.md says how it is recorded")
     refused(controllability.main, "--data", "bridge", saying="no bridge in datasets")
     refused(transfers.main, "--base", "none.pt", saying="no checkpoint at")
     for main, name in ((ablations.main, "seeds"), (baselines.main, "episodes"),

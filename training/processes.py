@@ -40,9 +40,8 @@ def across_processes(loss: float, stop: bool, device: torch.device) -> tuple[flo
 
 def make_optimizer(parameters: list[nn.Parameter], settings: Settings, device: torch.device
                    ) -> torch.optim.Optimizer:
-    """AdamW; with `--shard` each of n processes keeps its moments for an nth of the parameters
-    (ZeRO, stage 1), of the 16 bytes that a parameter takes 8/n instead of 8. Raises RequestError
-    for one process."""
+    """AdamW; with `--shard` each of n processes keeps the moments of an nth of the parameters
+    (ZeRO, stage 1). Raises RequestError for one process."""
     options = {"lr": settings.lr, "fused": device.type != "mps"}
     if not settings.shard:
         return torch.optim.AdamW(parameters, **options)

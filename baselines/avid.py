@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from baselines.clips import base_of, baseline, copy_base_weights
+from baselines.clips import baseline, build_beside
 from data import DataSet
 from model.vid2world import Model, ModelConfig
 from training.settings import Settings
@@ -61,13 +61,7 @@ class AdaptedModel(Model):
 
 
 def build(settings: Settings, dataset: DataSet) -> AdaptedModel:
-    base = base_of(settings, dataset)
-    unet = replace(base.config.unet, action_dim=dataset.action_dim)
-    model = AdaptedModel(replace(base.config, unet=unet))
-    copy_base_weights(model, base, new="adapter.")
-    model.requires_grad_(False)
-    model.unet.adapter.requires_grad_(True)
-    return model
+    return build_beside(AdaptedModel, "adapter", settings, dataset)[0]
 
 
 RECIPE = Recipe(build, AdaptedModel)

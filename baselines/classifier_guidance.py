@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from baselines.clips import Velocity, copy_base_weights, base_of, baseline
+from baselines.clips import Velocity, baseline, build_beside
 from data import DataSet
 from model.vid2world import Model, ModelConfig, to_pixels
 from training.settings import Settings
@@ -125,16 +125,10 @@ def towards_actions(model: ClassifiedModel, weight: float) -> Callable[..., Velo
 
 
 def build(settings: Settings, dataset: DataSet) -> ClassifiedModel:
-    base = base_of(settings, dataset)
-    unet = replace(base.config.unet, action_dim=dataset.action_dim)
-    model = ClassifiedModel(replace(base.config, unet=unet))
-    copy_base_weights(model, base, new="classifier.")
-    classifier = model.unet.classifier
+    model, base = build_beside(ClassifiedModel, "classifier", settings, dataset)
     for name in ("input_blocks", "init_attn"):
-        part = getattr(classifier, name)
+        part = getattr(model.unet.classifier, name)
         part.load_state_dict(getattr(base.unet, name)[: len(part)].state_dict())
-    model.requires_grad_(False)
-    classifier.requires_grad_(True)
     return model
 
 

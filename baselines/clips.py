@@ -51,6 +51,18 @@ def copy_base_weights(model: Model, base: Model, new: str | tuple[str, ...] = ()
         part.requires_grad_(False)
 
 
+def build_beside(kind: type[Model], part: str, settings: Settings, dataset: DataSet
+                 ) -> tuple[Model, Model]:
+    """A frozen base with a part in its U-Net that learns, and the base itself."""
+    base = base_of(settings, dataset)
+    unet = replace(base.config.unet, action_dim=dataset.action_dim)
+    model = kind(replace(base.config, unet=unet))
+    copy_base_weights(model, base, new=f"{part}.")
+    model.requires_grad_(False)
+    getattr(model.unet, part).requires_grad_(True)
+    return model, base
+
+
 def baseline(module: str, recipe: Callable[[Settings], Recipe]) -> Callable:
     """The `main` of a baseline, as `support.options.program` makes one: options of train.py, one
     level a clip, no action hidden. `recipe` says what is trained, from the settings."""

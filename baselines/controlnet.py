@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from action_guidance import action_embedding
-from baselines.clips import copy_base_weights, base_of, baseline
+from baselines.clips import baseline, build_beside
 from data import DataSet
 from dynamicrafter.layers import zero_init
 from model.vid2world import Model, ModelConfig
@@ -53,11 +53,10 @@ class ControlledUNet(UNet):
         self.copy, self.action_dim = Copy(self, action_dim), action_dim
 
     def begin(self) -> None:
-        """The copy starts as the base is now, and learns."""
+        """The copy starts as the base is now."""
         for name, part in self.copy.named_children():
             if hasattr(self, name):
                 part.load_state_dict(getattr(self, name).state_dict())
-        self.copy.requires_grad_(True)
 
     def forward_projected(self, x: Tensor, k: Tensor, context: Context, fps: Tensor | None = None,
                           actions: Tensor | None = None, *others) -> Tensor:
@@ -89,11 +88,7 @@ class ControlledModel(Model):
 
 
 def build(settings: Settings, dataset: DataSet) -> ControlledModel:
-    base = base_of(settings, dataset)
-    unet = replace(base.config.unet, action_dim=dataset.action_dim)
-    model = ControlledModel(replace(base.config, unet=unet))
-    copy_base_weights(model, base, new="copy.")
-    model.requires_grad_(False)
+    model, _ = build_beside(ControlledModel, "copy", settings, dataset)
     model.unet.begin()
     return model
 

@@ -184,6 +184,8 @@ def run(settings: Settings) -> None:
         simulator = Simulator(TASK)
     except RequestError as error:
         methods = [method for method in methods if method != "simulator"]
+        if not methods:
+            raise
         print(f"{error}. Without it, another seed of the world stands in for it", flush=True)
 
     def measure(method: str, seed: int) -> dict:

@@ -419,6 +419,20 @@ def test_a_plan_is_followed_and_its_world_is_told_what_was_seen():
     assert not torch.equal(noise[0, 0], noise[0, 1])
 
 
+def test_planning_without_a_simulator_runs_its_imagined_half():
+    out = folder()
+    words = ["--starts", 1, "--proposals", 4, "--steps", 1, "--horizon", 2, "--execute", 2, "--out",
+             out, "--methods"]
+    missing = RequestError("recording needs the simulator")
+    with (mock.patch.object(planning, "Simulator", side_effect=missing),
+          mock.patch.object(planning, "HORIZON", 4)):
+        code, said = run_command(planning.main, *words, "world", "simulator")
+        assert code == 0 and "another seed of the world stands in" in said, said
+        assert "| world | " in said and "| simulator | " not in said and (
+            out / "planning.md").exists(), said
+        refused(planning.main, *words, "simulator", saying="needs the simulator")
+
+
 def test_a_success_classifier_learns_from_labelled_episodes():
     out, root = folder(), make_pictures([4] * 40)
     rows, names = ["episode,success"], sorted(path.name for path in root.iterdir() if path.is_dir())

@@ -138,8 +138,8 @@ def train(settings: Settings, recipe: Recipe = WORLD) -> int:
     loss_module = loss_class(model, settings.bf16, settings.loss_weighting).train()
     if processes > 1:  # broadcasts the first process's weights as well
         loss_module = DistributedDataParallel(loss_module)
-    recorder = None
     gather_moments(optimizer)
+    recorder = None
     if rank == 0:
         validation = partial(validate, model, held_out, settings, loss_class)
         recorder = Recorder(settings, model, optimizer, held_out, validation, saved, claim)

@@ -1,15 +1,20 @@
 """Commands run in this process, and what they must say."""
+import atexit
 import contextlib
 import importlib.util
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import tempfile
 from pathlib import Path
 from unittest import SkipTest
 
+# whatever this run and the commands that it starts leave behind goes with it
+tempfile.tempdir = os.environ["TMPDIR"] = EVERYTHING = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, EVERYTHING, ignore_errors=True)
 os.environ["XDG_CACHE_HOME"] = CACHE = tempfile.mkdtemp()  # indexes of this run's data
 
 

@@ -3,7 +3,7 @@
     python train.py --data rt1                            (what is bundled, on a laptop)
     python train.py --data rt1 --root /data/fractal20220817_data --base dynamicrafter_512.ckpt
     torchrun --nproc_per_node=4 train.py --data rt1 …     (many GPUs, many machines; --shard
-                                                          where one cannot hold everything)
+                                                          spreads the optimizer over them)
 
 One step, which is `PostTraining.forward` below: encode a batch of clips; give every frame a noise
 level of its own; hide some of the actions; predict the velocity; compare. The U-Net and the

@@ -42,7 +42,7 @@ STEPS = {"fast": 1, "hq": 3}
 class DiamondConfig:
     action_dim: int
     size: tuple[int, int] = (64, 80)  # multiples of 2 ** (levels - 1)
-    channels: tuple[int, ...] = (32, 64, 96, 128)  # multiples of 32; 7.3 M parameters
+    channels: tuple[int, ...] = (32, 64, 96, 128)  # multiples of 32; 7.2 M parameters
     attention: tuple[bool, ...] = (False, False, True, True)
     blocks: int = 2
     cond: int = 256  # width of the vector that actions and noise levels make

@@ -73,7 +73,8 @@ class Settings(TrainingSettings):
 
 def complete(settings: Settings) -> None:
     settings.variants = settings.variants or list(TABLE2 if settings.table2 else VARIANTS)
-    settings.guidance = settings.guidance or (2.0 if settings.table2 else 1.0)
+    if settings.guidance is None:
+        settings.guidance = 2.0 if settings.table2 else 1.0
     for variant in settings.variants:
         changes(variant)
 

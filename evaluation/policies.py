@@ -266,9 +266,9 @@ def successes(trial: Trial, name: str, policy: Policy, verifier: Verifier, start
     """bool [starts], of one policy in one world, kept batch by batch; and a strip of a success and
     one of a failure, where there are any."""
     out, succeeded, size = Path(settings.out), [], settings.batch
-    # a checkpoint or a policy that was trained further is another one
+    # a checkpoint, policy or verifier that was trained further is another one
     code = [words.partition(":")[0].replace(".", "/") + ".py" if ":" in words else words
-            for words in settings.policy or []]
+            for words in filter(None, [*(settings.policy or []), settings.verifier])]
     paths = map(Path, [checkpoint_file(world_of(settings)), *(code or [POLICIES])])
     chosen = {key: getattr(settings, key) for key in DECISIVE} | {
         "written": [path.stat().st_mtime_ns for path in paths if path.exists()]}

@@ -425,6 +425,7 @@ def test_lpips_is_the_squared_distance_of_features_and_the_baseline_repeats_the_
     assert np.allclose(scores["psnr of repeating"], 20 * np.log10(255))
 
 
+@mock.patch.object(comparison, "has_gripper", lambda episodes: False)
 def test_transfers_and_ablations_are_compared():
     with (mock.patch.object(transfers, "LEVELS", (500,)),
           mock.patch.object(transfers, "TRANSFER_METHODS", ("masked", "extrapolative"))):
@@ -438,7 +439,6 @@ def test_transfers_and_ablations_are_compared():
     words = ["--variants", "baseline", "lr=1e-4 batch=1", "from scratch", "--seeds", 1,
              "--steps", 1, "--cooldown", 1, "--batch", 1, "--frames", 4,
              "--val-clips", 1, "--episodes", 1, "--denoising-steps", 1, "--out", out]
-    mock.patch.object(comparison, "has_gripper", return_value=False).start()
     code, printed = run_command(ablations.main, *words)
     assert code == 0 and "| baseline |" in printed and "| from scratch |" in printed, printed
     again = run_command(ablations.main, *words)[1]  # what is done is not done again
@@ -454,7 +454,6 @@ def test_transfers_and_ablations_are_compared():
                               for table in (printed, other))
     assert psnr != other_psnr, other
     refused(ablations.main, *alone, "--steps", 2, saying="has steps 1, and here it is 2")
-    mock.patch.stopall()
 
 
 def test_commands_refuse_bad_words_in_a_sentence():

@@ -23,15 +23,14 @@ python train.py --data rt1 --root recorded/others --passive --out runs/base --st
 python -m bundled.bundle_checkpoint base runs/base checkpoints/tiny_base.pt
 
 # 3. The world: that base made causal, post-trained on the drawer with actions. Most frames of a clip are
-# clear, as the history of a rollout is, and the loss is weighted towards levels where actions decide. Then
-# a decoder that has seen drawers.
+# clear, as the history of a rollout is, and the loss is weighted towards levels where actions decide. Its
+# decoder is shown drawers first.
 # Provenance of the bundled file: 2600 steps with levels and loss as in the paper and 3100 with low-noise frames,
 # on a recording in which the arm was not at rest at the start; 921 on this one; from there as below. The
 # state of the optimizer was estimated anew at steps 2600 and 6621, the decoder is from step 5700, and the
 # base saw the first recording.
 python train.py --data rt1 --root recorded/drawer --out runs/world --steps 11600 --cooldown 3550 --bf16 \
-    --set low_noise_prob=0.6 loss_weighting=x0 dropout=0 sample_every=1000
-python -m bundled.tune_decoder runs/world --steps 1500 --bf16
+    --set low_noise_prob=0.6 loss_weighting=x0 dropout=0 sample_every=1000 decoder_steps=1500
 python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt --base tiny_base.pt
 
 # 4. The game: a base of 200 halls without actions, then one hall with. Then a decoder that knows this hall,
@@ -47,9 +46,8 @@ python train.py --data csgo --root recorded/halls --passive --out runs/halls --s
     --bf16 --set preset=arena autoencoder_steps=1500 dropout=0 sample_every=100000
 python -m bundled.bundle_checkpoint base runs/halls runs/arena_base.pt
 python train.py --data csgo --root recorded/arena --base runs/arena_base.pt --out runs/arena --steps 2900 \
-    --cooldown 900 --bf16 --set low_noise_prob=0.6 loss_weighting=x0 dropout=0 sample_every=100000
+    --cooldown 900 --bf16 --set low_noise_prob=0.6 loss_weighting=x0 dropout=0 sample_every=100000 decoder_steps=1000
 python train.py --resume --out runs/arena --steps 3480 --cooldown 580
-python -m bundled.tune_decoder runs/arena --steps 1000 --bf16
 # From here with fewer low-noise frames, which short runs from one start found better (evaluation/RESULTS.md),
 # and smaller steps. The first 250 were planned as the first of 1450.
 python train.py --data csgo --root recorded/arena --base runs/arena --out runs/arena_on --steps 1050 --cooldown 960 \

@@ -18,7 +18,6 @@ from torch import Tensor
 import sample
 import train
 from bundled.bundle_checkpoint import bundle_base, bundle_world
-from bundled.tune_decoder import tune_decoder
 from data import DATA_SETS, SAMPLES, open_episodes
 from dynamicrafter.checkpoint import read_checkpoint
 from evaluation import (ablations, baselines, comparison, controllability, evaluate,
@@ -247,7 +246,8 @@ def test_runs_are_bundled_as_a_base_and_as_a_world():
     assert error_of(ours.latents, theirs.latents) < 1e-2
     assert not any(name.startswith("autoencoder.")
                    for name in read_checkpoint(out / "tiny_world.pt")["weights"])
-    tune_decoder(runs / "world", steps=1)
+    assert run_command(train.main, *words, "--base", out / "tiny_base.pt", "--overwrite",
+                       "--set", "decoder_steps=1")[0] == 0
     bundle_world(runs / "world", out / "tiny_world.pt", "tiny_base.pt")
     kept = read_checkpoint(out / "tiny_world.pt")["weights"]
     assert any(name.startswith("autoencoder.decoder.") for name in kept)

@@ -68,6 +68,7 @@ class Settings:
     low_noise_prob: float = 0.0  # that a frame's level is of the lowest tenth: see `draw_levels`
     loss_weighting: str = "velocity"  # or "x0": see `diffusion_forcing_loss`
     autoencoder_steps: int = 1000  # without --base
+    decoder_steps: int = 0  # that show the decoder of a --base the data's frames
     val_every: int = 500  # steps between validation losses
     val_clips: int = 16  # held-out clips in one of them
     sample_every: int = 1000  # steps between strips of imagined frames
@@ -124,9 +125,10 @@ def complete(settings: Settings) -> None:
     settings.shared_level = settings.shared_level or settings.passive
     settings.action_init = settings.action_init or preset.unet.action_init
     for name in ("steps", "batch", "accumulate", "autoencoder_steps", "save_every", "val_every",
-                 "val_clips", "sample_every"):
-        if getattr(settings, name) < 1:
-            raise RequestError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+                 "val_clips", "sample_every", "decoder_steps"):
+        least = 0 if name == "decoder_steps" else 1
+        if getattr(settings, name) < least:
+            raise RequestError(f"{name} is {getattr(settings, name)}; it must be at least {least}")
     own = DATA_SETS[settings.data].needs_root
     if settings.fps is not None and not (own and settings.fps > 0):
         raise RequestError(f"fps is {settings.fps:g}; it must be above 0, and is for --data folder")

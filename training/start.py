@@ -97,12 +97,12 @@ def start_or_resume(settings: Settings, recipe: Recipe, episodes: Episodes,
 
 def begin_folder(settings: Settings, model: Model, episodes: Episodes, saved: dict | None) -> None:
     """Write the settings, which hold for the next --resume as well. A new run measures the actions
-    and trains the autoencoder here, where it needs to."""
+    and trains the autoencoder here, or its decoder, where it needs to."""
     if not settings.resume:
         clear_folder(Path(settings.out))
     write_settings(Path(settings.out), asdict(settings) | {"resume": False, "overwrite": False})
-    if not saved and not settings.base:
-        pretrain_autoencoder(model, episodes, settings)
+    if not saved:
+        fit_to_frames(model, episodes, settings)
     if not saved and episodes.dataset.standardise and not settings.passive:
         fit_action_statistics(model, episodes)
 
@@ -147,13 +147,19 @@ def freeze_spatial_layers(model: Model) -> None:
         part.requires_grad_(True)
 
 
-def pretrain_autoencoder(model: Model, episodes: Episodes, settings: Settings) -> None:
-    """Give a random model an autoencoder of the frames it will see."""
-    size, steps = tuple(settings.size), settings.autoencoder_steps
-    frames = random_frames(episodes, size, settings.seed, steps, settings.workers)
+def fit_to_frames(model: Model, episodes: Episodes, settings: Settings) -> None:
+    """Give a random model an autoencoder of the frames it will see; show one that was pretrained
+    how they look, if asked to. Then the decoder alone changes: the U-Net, which knows nothing but
+    latents, can tell no difference."""
+    pretrained = bool(settings.base)
+    steps = settings.decoder_steps if pretrained else settings.autoencoder_steps
+    if steps == 0:
+        return
+    frames = random_frames(episodes, tuple(settings.size), settings.seed, steps, settings.workers)
     batches = (to_pixels(batch[None].to(model.device))[0] for batch in frames)
     model.autoencoder.requires_grad_(True)
-    fit_autoencoder(model.autoencoder, batches, steps, settings.bf16).requires_grad_(False)
+    fit_autoencoder(model.autoencoder, batches, steps, settings.bf16, decoder_only=pretrained)
+    model.autoencoder.requires_grad_(False)
 
 
 def fit_action_statistics(model: Model, episodes: Episodes) -> None:

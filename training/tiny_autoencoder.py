@@ -1,8 +1,9 @@
 """Training the small autoencoder of a world that is too small for Stable Diffusion's.
 
 At full size the autoencoder is inherited and stays frozen. A model from scratch has none, so
-`train.py` trains one on single frames first; `bundled/tune_decoder.py` shows a decoder frames of
-another kind than it has learned from.
+`train.py` trains one on single frames first. The small one of a bundled base has not seen
+everything, as Stable Diffusion's has: `--set decoder_steps=300` shows its decoder the frames of the
+data first.
 """
 import math
 from collections.abc import Iterable

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import causal_attention
 import sample
 import train
-from action_guidance import align_actions, drop_actions, guide
+from action_guidance import action_embedding, align_actions, drop_actions, guide
 from causal_attention import TemporalTransformer
 from causal_conv import TRANSFER_METHODS, TemporalConv, TemporalConvBlock, transfer_weights
 from diffusion_forcing import NoiseSchedule, diffusion_forcing_loss, draw_levels
@@ -74,7 +74,6 @@ from unet import (ResBlock, SpatialTransformer, UNet, UNetConfig, load_dynamicra
 
 HERE = Path(__file__).parent
 PROCESSES = min(2, os.cpu_count() or 1)  # that share the tests
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -656,6 +655,24 @@ def test_guidance_exaggerates_and_rescale_restores_the_contrast():
     assert torch.allclose(rescaled.std((-3, -2, -1)), v_cond.std((-3, -2, -1)), rtol=1e-6)
     half = guide(v_cond, v_uncond, 3.0, rescale=0.7)
     assert torch.allclose(half, 0.7 * rescaled + 0.3 * guide(v_cond, v_uncond, 3.0), atol=1e-5)
+
+
+def test_he_initialisation_maps_actions_to_the_size_of_the_noise_level():
+    torch.manual_seed(0)
+    dataset = DATA_SETS["rt1"]
+    sizes = {}
+    for words in ([], ["--set", "action_init=pytorch"], ["--base", str(TINY_WORLD)]):
+        settings = train.parse_arguments(["--data", "rt1", *words])
+        other = replace(dataset, actions=dataset.actions[:1])  # of another width
+        unet = train.build_model(settings, other).unet
+        actions = torch.randn(500, other.action_dim)
+        noise = unet.time_embed(sinusoidal_embedding(torch.arange(0, 1000, 20), 64)).std(dim=0)
+        sizes[words[-1] if words else ""] = (unet.action_emb_proj(actions).std(dim=0).mean()
+                                             / noise.mean()).item()
+    weight = action_embedding(500, 64, "he")[0].weight
+    assert abs(weight.std() * (500 / 2)**0.5 - 1) < 0.02  # He: the deviation is √(2 / inputs)
+    small = sizes.pop("action_init=pytorch")
+    assert small < 0.2 and all(0.5 < size < 4 for size in sizes.values()), (small, sizes)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from unittest import SkipTest, mock
@@ -18,9 +19,10 @@ from PIL import Image
 import sample
 import train
 from data import SAMPLES, open_episodes
-from dynamicrafter.checkpoint import read_checkpoint
+from dynamicrafter.checkpoint import read_checkpoint, read_lightning
 from episodes import from_lerobot, from_rlds, from_video, video
 from episodes.images import decode
+from episodes.npz import read_npy
 from episodes.tfrecord import encode_example, write_records
 from evaluation import evaluate
 from model.saving import TINY_WORLD, load_model, load_world_model, preset_of
@@ -28,9 +30,11 @@ from sample import load_world
 from support.errors import CheckpointError, DataError, UserError
 from support.pictures import save_gif
 from testing.commands import folder, needs, raises, refused, run_command
-from testing.episodes import encode_jpeg, make_csgo, make_pictures, shard_of
+from testing.episodes import (encode_jpeg, make_csgo, make_episode, make_pictures, make_rt1,
+                              shard_of)
 from testing.networks import small_networks
-from testing.worlds import SMALL, losses, save_world, small_checkpoint, small_preset, train_words
+from testing.worlds import (SMALL, Exploit, losses, save_world, small_checkpoint, small_preset,
+                            train_words, write_safetensors)
 from unet import load_dynamicrafter
 
 HERE = Path(__file__).parent.parent
@@ -551,3 +555,71 @@ def test_every_file_is_utf8_whatever_the_code_page():
         assert done.returncode == (2 if odd in words else 0), done.stderr.decode()
         assert b"Traceback" not in done.stderr
     assert rb"\udcff.npy" in done.stderr
+
+
+def test_random_damage_ends_in_the_projects_own_errors_and_executes_nothing():
+    random, mark = np.random.default_rng(0), folder() / "executed"
+    frames, actions = make_episode(5, seed=0)
+    files = folder()
+    np.savez(files / "episode.npz", image=frames[:, :8, :8], action=actions)
+    np.save(files / "actions.npy", actions)
+    torch.save({"state_dict": {"model.diffusion_model.w": torch.randn(40)}, "step": 7},
+               files / "model.ckpt")
+    write_safetensors(files / "model.safetensors", {"model.diffusion_model.w": torch.randn(40)})
+    torch.save({"state_dict": {}, "hook": Exploit(mark)}, files / "evil.ckpt")
+    write_records(files / "rt1.tfrecord-00000-of-00001",
+                  [shard_of(make_rt1([4])).read_bytes()[12:-4]])
+    (files / "info.json").write_text('{"fps": 5, "names": ["up", "across"], "absolute": true, '
+                                     '"keys": {"w": {"up": 1}, " ": {"up": 2, "toggles": true}}}',
+                                     encoding="utf-8")
+    Image.fromarray(frames[0]).save(files / "2.png")
+
+    def read_episodes(root: Path, name: str = "rt1") -> None:
+        for episode in open_episodes(name, root):
+            episode.read(0, episode.length)
+
+    def read_own(path: Path) -> None:  # a good folder but for this file
+        root = make_pictures([4])
+        shutil.copy(path, root if path.suffix == ".json" else root / "episode_000")
+        read_episodes(root, "folder")
+
+    readers = {".npz": lambda path: read_episodes(path.parent),
+               ".npy": lambda path: [sample.to_numbers(read_npy(path)), read_own(path)],
+               ".png": read_own, ".json": read_own,
+               ".tfrecord-00000-of-00001": lambda path: read_episodes(path.parent),
+               ".ckpt": read_lightning,
+               ".safetensors": read_lightning}
+    refused_cases = 0
+    originals = sorted(files.iterdir())
+    for case in range(280):
+        original = originals[case % len(originals)]
+        content = bytearray(original.read_bytes())
+        damage, place = case // len(originals) % 4, int(random.integers(len(content)))
+        if damage == 0:
+            del content[place:]
+        elif damage == 1:
+            content[place] ^= int(random.integers(1, 256))
+        elif damage == 2:
+            content[place : place + 16] = random.bytes(16)
+        else:
+            content[place : place + 64] = bytes(64)
+        damaged = folder() / original.name
+        damaged.write_bytes(content)
+        read = next(reader for suffix, reader in readers.items() if original.name.endswith(suffix))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read(damaged)
+        except UserError as error:
+            refused_cases += 1
+            assert "\n" not in str(error), error
+    assert refused_cases > 160 and not mark.exists()
+
+
+def test_damage_that_only_a_checksum_shows_is_found_in_a_checkpoint():
+    path = small_checkpoint()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of a weight
+    path.write_bytes(content)
+    with raises(CheckpointError, "a checksum does not match"):
+        read_checkpoint(path)

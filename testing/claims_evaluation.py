@@ -158,6 +158,7 @@ def test_evaluation_gives_an_interval_and_what_other_actions_cost():
         evaluate.report(scores, settings, world, folder())
     line = f"{own.mean():.3f} ± {1.96 * own.std(ddof=1) / 3**0.5:.3f}"
     assert f"| PSNR | {line} |" in said.getvalue(), said.getvalue()
+    assert f"worst predicted: episodes {own.argmin()} ({own.min():.1f} dB), " in said.getvalue()
 
 
 def test_a_mean_stands_with_its_bootstrap_interval_and_a_rate_with_wilsons():

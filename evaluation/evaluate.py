@@ -263,6 +263,10 @@ def report(scores: Scores, settings: Settings, world: WorldModel, out: Path) -> 
     for t in range(len(by_frame["psnr"])):
         lines.append(f"| {first + t} | {' | '.join(f'{row[t]:.3f}' for row in by_frame.values())} "
                      "|")
+    worst = scores["psnr"].mean(axis=1).argsort()[:3]
+    lines += ["", "worst predicted: episodes " + ", ".join(
+        f"{i} ({scores['psnr'][i].mean():.1f} dB)" for i in worst)
+        + f"; python sample.py --episode {worst[0]} draws the first"]
     print("\n" + "\n".join(lines))
     (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps(

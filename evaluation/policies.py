@@ -126,7 +126,7 @@ def world_of(settings: WorldSettings) -> str | Path:
 
 
 def rollout_policy(world: WorldModel, policy: Policy, starts: np.ndarray, shuffled: bool = False,
-             horizon: int = HORIZON) -> np.ndarray:
+                   horizon: int = HORIZON) -> np.ndarray:
     """Initial states side by side, uint8 [B, H, W, 3] -> all frames [B, 1 + horizon, H, W, 3].
 
     shuffled  every world is given the action of another

@@ -242,9 +242,9 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     name        an entry of DATA_SETS
     root        the data set's folder, its version folder, or a folder above; None: see
                 `default_root`
-    split       "train", "val" or "all": shards named -val or -test are held out, or those that
-                the data set's protocol names, or else the episodes whose names have the smallest
-                hashes
+    split       "train", "val" or "all": shards named -val or -test are held out (or folders of
+                pictures), or those that the data set's protocol names, or else the episodes whose
+                names have the smallest hashes
     min_length  leave out episodes with fewer frames, and count them in `.short`
     fps         frames per second, for a `folder` that does not say
 

@@ -157,8 +157,8 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
                  protocol: Path | None = None, min_length: int = 1) -> np.ndarray:
     """The rows of the index that belong to a split, "train", "val" or "all".
 
-    held_out    episodes, at most an eighth of all, unless files named -val or -test are held out,
-                or the protocol names some
+    held_out    episodes, at most an eighth of all, unless files, or folders of pictures, named -val
+                or -test are held out, or the protocol names some
     protocol    file with lines of a held-out file's name, and the frame at which its episode
                 begins, if it is not the first
     min_length  only episodes of so many frames are held out. What is held out among all is so
@@ -170,7 +170,7 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
         raise DataError(f"split is {split!r}; it must be train, val or all")
     if split == "all":
         return records
-    named = np.array([bool(re.search(r"-(val|valid|validation|test)\b", path.name))
+    named = np.array([bool(re.search(r"-(val|valid|validation|test)\b", episode_name(path, 0)))
                       for path in paths])
     begins = read_protocol(protocol)
     begin = np.array([begins.get(path.name, begins.get(path.stem, -1)) for path in paths])

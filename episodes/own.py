@@ -14,6 +14,8 @@ names     of the numbers in an action, in order
 keys      for play: a browser's name of a key -> what it does to one number, in the data's own units
 absolute  whether actions say where to be and not how to move: a key then adds its value to where
           the number is, and without a key all stay there
+
+Held out are the episodes named -val, as in `kitchen_07-val`, or else an eighth of them.
 """
 import json
 import os

@@ -49,6 +49,8 @@ def test_a_folder_of_pictures_is_a_data_set():
     val, rest = (open_episodes("folder", root, split) for split in ("val", "train"))
     assert len(val) == 1 and {e.name for e in val} | {e.name for e in rest} == {
         e.name for e in episodes}
+    (root / "episode_002").rename(root / "episode_002-val")
+    assert [e.name for e in open_episodes("folder", root, "val")] == ["episode_002-val"]
     assert open_episodes("folder", root, fps=7).dataset.fps == 7  # the user goes before info.json
     # actions of one number may be a row
     (root / "info.json").unlink()

@@ -9,6 +9,7 @@ should be t, which was taken at picture t. If t + 1 still helps, rows come one t
 not, they come one too early, or the robot takes a frame to obey.
 """
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -27,7 +28,7 @@ class Settings:
     root: str | None = option(None, "its folder")
     fps: float | None = option(None, "frames per second, if a folder does not say", type=float)
     most: int = option(200, "episodes that are read for the numbers and the alignment")
-    out: str = option("show.png", "file of the strip")
+    out: str = option("rollouts", "folder for the picture")
 
 
 def motion(frames: np.ndarray) -> np.ndarray:
@@ -92,7 +93,7 @@ def say_alignment(shares: list[float]) -> str:
 
 
 def show_numbers(actions: np.ndarray, names: tuple[str, ...]) -> None:
-    print(f"| number | least | mean | greatest | deviation | |\n|{' --- |' * 6}")
+    print(f"| action | min | mean | max | std | |\n|{' --- |' * 6}")
     for i, column in enumerate(actions.T):
         note = "never varies" if np.ptp(column) < 1e-6 * max(1, abs(column[0])) else ""
         print(f"| {names[i] if names else i} | {column.min():.4g} | {column.mean():.4g} | "
@@ -121,9 +122,10 @@ def run(settings: Settings) -> None:
                   f"alignment: it takes {FOLDS} episodes of {len(ROWS) + 2} frames to say"))
     frames, actions = shown.read(0, min(16, shown.length))
     words = ["", *(describe_action(episodes.dataset, action) for action in actions[:-1])]
-    save_strip(settings.out, {f"{shown.name}, and what led to each picture": frames},
-               captions=words)
-    print(f"{settings.out}: the first pictures of {shown.name}")
+    (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
+    save_strip(picture := out / "episode.png",
+               {f"{shown.name}, and what led to each picture": frames}, captions=words)
+    print(f"{picture}: the first pictures of {shown.name}")
 
 
 main = program(__name__, "show", run, Settings, "Look at what is read.")

@@ -203,12 +203,11 @@ def test_a_recording_whose_rows_are_shifted_is_named():
 
 def test_what_is_read_is_shown():
     root = make_pictures([12] * 16, width=3, fps=5, names=["up", "across", "idle"])
-    picture, = [folder() / "show.png"]
-    code, said = run_command(show.main, "--root", root, "--out", picture)
+    code, said = run_command(show.main, "--root", root, "--out", out := folder() / "new")
     assert code == 0 and "14 episodes to train on, 2 held out; 12 to 12 frames" in said, said
     assert re.search("pictures of .*, 5 a second", said), said
     assert "| idle | 0 | 0 | 0 | 0 | never varies |" in said and "alignment: " in said
-    assert Image.open(picture).width > 500
+    assert Image.open(out / "episode.png").width > 500
     refused(show.main, saying="needs the folder of your episodes")
 
 

@@ -266,7 +266,7 @@ def report(scores: Scores, settings: Settings, world: WorldModel, out: Path) -> 
     worst = scores["psnr"].mean(axis=1).argsort()[:3]
     lines += ["", "worst predicted: episodes " + ", ".join(
         f"{i} ({scores['psnr'][i].mean():.1f} dB)" for i in worst)
-        + f"; python sample.py --episode {worst[0]} draws the first"]
+        + f"; sample.py --episode {worst[0]}, told the same world and data, draws the first"]
     print("\n" + "\n".join(lines))
     (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps(

@@ -17,14 +17,14 @@ from baselines import (action_finetuning, avid, classifier_guidance, clips, cont
                        language_finetuning)
 from data import DATA_SETS, SAMPLES, Clips, collate, open_episodes
 from diffusion_forcing import NoiseSchedule
-from episodes.tfrecord import (encode_example, write_records)
-from evaluation import (baselines, comparison)
-from model.saving import (frozen_weights, load_model, save, trained_weights)
+from episodes.tfrecord import encode_example, write_records
+from evaluation import baselines, comparison
+from model.saving import frozen_weights, load_model, save, trained_weights
 from model.vid2world import Model
 from support.errors import DataError, RequestError
 from testing.commands import folder, raises, refused, run_command
 from testing.episodes import encode_jpeg
-from testing.golden import (error_of)
+from testing.golden import error_of
 from training.run_folder import read_settings
 
 HERE = Path(__file__).parent.parent

@@ -30,8 +30,7 @@ from sample import load_world
 from support.errors import CheckpointError, DataError, UserError
 from support.pictures import save_gif
 from testing.commands import folder, needs, raises, refused, run_command
-from testing.episodes import (encode_jpeg, make_csgo, make_episode, make_pictures, make_rt1,
-                              shard_of)
+from testing.episodes import encode_jpeg, make_csgo, make_episode, make_pictures, make_rt1, shard_of
 from testing.networks import small_networks
 from testing.worlds import (SMALL, Exploit, losses, save_world, small_checkpoint, small_preset,
                             train_words, write_safetensors)
@@ -499,64 +498,6 @@ def test_an_rlds_episode_has_a_picture_for_every_step_in_a_format_that_is_read()
     assert [e.frames.shape for e in open_episodes("folder", out, fps=5)] == [(6, 32, 40, 3)] * 3
 
 
-# --------------------------------------------------------------------------------------------------
-# Measurements, pictures, other systems
-
-
-def test_a_distance_of_few_videos_says_so():
-    words = ["--frames", 4, "--steps", 1, "--i3d", small_networks()["--i3d"], "--out"]
-    code, said = run_command(evaluate.main, "--episodes", 1, *words, out := folder() / "one")
-    assert code == 0 and "| FVD | absent | one of the videos has no covariance |" in said, said
-    assert json.loads((out / "result.json").read_text(encoding="utf-8"))["absent"]
-    code, said = run_command(evaluate.main, "--episodes", 2, *words, folder() / "two")
-    assert code == 0 and "of 2 videos: too few to be compared with published" in said, said
-
-
-def test_an_animation_is_as_fast_as_a_browser_shows_it():
-    frames = np.random.default_rng(0).integers(0, 255, (12, 64, 80, 3), dtype=np.uint8)
-    for fps, shown, number in ((60, 30, 6), (50, 20, 12), (30, 30, 12), (5, 200, 12)):
-        save_gif(path := folder() / "a.gif", {"imagined": frames}, fps)
-        with Image.open(path) as animation:
-            assert animation.info["duration"] == shown and animation.n_frames == number
-
-
-def test_a_key_is_known_by_its_letter_and_else_by_its_place():
-    if not shutil.which("node"):
-        raise SkipTest("needs node")
-    page = (HERE / "play" / "index.html").read_text(encoding="utf-8")
-    named = re.search(r"const named = e => \{.*?\n\};", page, re.S)[0]
-    script = ("const own = ['w', 's', 'a', 'd'], actions = {r: 1}, buttonOf = k => own.includes(k);"
-              + named + "console.log(JSON.stringify(JSON.parse(process.argv[1]).map("
-              "([key, code]) => named({key, code}))))")
-    keys = [("w", "KeyW"), ("W", "KeyW"), ("ц", "KeyW"), ("ς", "KeyW"), ("z", "KeyW"),
-            ("Process", "KeyW"), ("ы", "KeyS"), ("a", "KeyQ"), ("r", "KeyR"), (" ", "Space"),
-            ("ArrowUp", "ArrowUp")]
-    done = subprocess.run(["node", "-e", script, json.dumps(keys)], capture_output=True, text=True,
-                          encoding="utf-8")
-    assert json.loads(done.stdout) == ["w", "w", "w", "w", "w", "w", "s", "a", "r", " ", "ArrowUp"]
-
-
-def test_every_file_is_utf8_whatever_the_code_page():
-    unsaid = re.compile(r"(?<![\w.])open\(|\.read_text\(\)|\.write_text\(")
-    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
-        source = path.read_text(encoding="utf-8")
-        for call in unsaid.finditer(source):
-            words = source[call.start() : call.start() + 400]
-            allowed = re.match(r'[^\n]*"[rwa]b"', words) or "encoding=" in words
-            defined = source[: call.start()].endswith("def ")
-            assert allowed or defined, f"{path}: {words[:60]}"
-    out = folder()
-    odd = os.fsencode(out) + b"/\xff.npy"
-    for words in (["diffusion_forcing.py"], ["action_guidance.py"],
-                  ["sample.py", "--steps", "1", "--frames", "2", "--out", out],
-                  ["sample.py", "--actions", odd]):
-        done = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True,
-                              env=os.environ | {"PYTHONIOENCODING": "cp1252"})
-        assert done.returncode == (2 if odd in words else 0), done.stderr.decode()
-        assert b"Traceback" not in done.stderr
-    assert rb"\udcff.npy" in done.stderr
-
-
 def test_random_damage_ends_in_the_projects_own_errors_and_executes_nothing():
     random, mark = np.random.default_rng(0), folder() / "executed"
     frames, actions = make_episode(5, seed=0)
@@ -623,3 +564,61 @@ def test_damage_that_only_a_checksum_shows_is_found_in_a_checkpoint():
     path.write_bytes(content)
     with raises(CheckpointError, "a checksum does not match"):
         read_checkpoint(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Measurements, pictures, other systems
+
+
+def test_a_distance_of_few_videos_says_so():
+    words = ["--frames", 4, "--steps", 1, "--i3d", small_networks()["--i3d"], "--out"]
+    code, said = run_command(evaluate.main, "--episodes", 1, *words, out := folder() / "one")
+    assert code == 0 and "| FVD | absent | one of the videos has no covariance |" in said, said
+    assert json.loads((out / "result.json").read_text(encoding="utf-8"))["absent"]
+    code, said = run_command(evaluate.main, "--episodes", 2, *words, folder() / "two")
+    assert code == 0 and "of 2 videos: too few to be compared with published" in said, said
+
+
+def test_an_animation_is_as_fast_as_a_browser_shows_it():
+    frames = np.random.default_rng(0).integers(0, 255, (12, 64, 80, 3), dtype=np.uint8)
+    for fps, shown, number in ((60, 30, 6), (50, 20, 12), (30, 30, 12), (5, 200, 12)):
+        save_gif(path := folder() / "a.gif", {"imagined": frames}, fps)
+        with Image.open(path) as animation:
+            assert animation.info["duration"] == shown and animation.n_frames == number
+
+
+def test_a_key_is_known_by_its_letter_and_else_by_its_place():
+    if not shutil.which("node"):
+        raise SkipTest("needs node")
+    page = (HERE / "play" / "index.html").read_text(encoding="utf-8")
+    named = re.search(r"const named = e => \{.*?\n\};", page, re.S)[0]
+    script = ("const own = ['w', 's', 'a', 'd'], actions = {r: 1}, buttonOf = k => own.includes(k);"
+              + named + "console.log(JSON.stringify(JSON.parse(process.argv[1]).map("
+              "([key, code]) => named({key, code}))))")
+    keys = [("w", "KeyW"), ("W", "KeyW"), ("ц", "KeyW"), ("ς", "KeyW"), ("z", "KeyW"),
+            ("Process", "KeyW"), ("ы", "KeyS"), ("a", "KeyQ"), ("r", "KeyR"), (" ", "Space"),
+            ("ArrowUp", "ArrowUp")]
+    done = subprocess.run(["node", "-e", script, json.dumps(keys)], capture_output=True, text=True,
+                          encoding="utf-8")
+    assert json.loads(done.stdout) == ["w", "w", "w", "w", "w", "w", "s", "a", "r", " ", "ArrowUp"]
+
+
+def test_every_file_is_utf8_whatever_the_code_page():
+    unsaid = re.compile(r"(?<![\w.])open\(|\.read_text\(\)|\.write_text\(")
+    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
+        source = path.read_text(encoding="utf-8")
+        for call in unsaid.finditer(source):
+            words = source[call.start() : call.start() + 400]
+            allowed = re.match(r'[^\n]*"[rwa]b"', words) or "encoding=" in words
+            defined = source[: call.start()].endswith("def ")
+            assert allowed or defined, f"{path}: {words[:60]}"
+    out = folder()
+    odd = os.fsencode(out) + b"/\xff.npy"
+    for words in (["diffusion_forcing.py"], ["action_guidance.py"],
+                  ["sample.py", "--steps", "1", "--frames", "2", "--out", out],
+                  ["sample.py", "--actions", odd]):
+        done = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True,
+                              env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+        assert done.returncode == (2 if odd in words else 0), done.stderr.decode()
+        assert b"Traceback" not in done.stderr
+    assert rb"\udcff.npy" in done.stderr

@@ -25,7 +25,7 @@ from data import DATA_SETS, SAMPLES, Clips, collate, fit_frames, open_episodes
 from dynamicrafter.autoencoder import AutoencoderConfig
 from dynamicrafter.clip import ImageTowerConfig, TextTowerConfig
 from dynamicrafter.resampler import ResamplerConfig
-from episodes import (recon, tfrecord)
+from episodes import recon, tfrecord
 from episodes.csgo import csgo_action
 from episodes.csgo import describe as describe_csgo
 from episodes.crc32c import crc32c
@@ -33,18 +33,18 @@ from episodes.frames import cut_bars, for_metrics
 from episodes.images import decode, decode_all
 from episodes.tfrecord import (encode_example, encode_field, feature_numbers, parse_example,
                                write_records)
-from evaluation import (evaluate)
+from evaluation import evaluate
 from model import saving
-from model.saving import (from_vid2world, from_world, load_model)
+from model.saving import from_vid2world, from_world, load_model
 from model.vid2world import ModelConfig
 from play.keys import Keyboard
 from support import pictures
 from support.errors import CheckpointError, DataError
 from support.pictures import psnr
 from testing.commands import folder, needs, raises, refused, run_command
-from testing.episodes import (encode_jpeg, flip_byte, make_csgo, make_episode, make_rt1, shard_of)
-from testing.golden import (released_names)
-from testing.worlds import (SMALL, save_world, small_checkpoint, small_preset)
+from testing.episodes import encode_jpeg, flip_byte, make_csgo, make_episode, make_rt1, shard_of
+from testing.golden import released_names
+from testing.worlds import SMALL, save_world, small_checkpoint, small_preset
 from unet import UNet
 
 HERE = Path(__file__).parent.parent

@@ -15,13 +15,13 @@ from dynamicrafter import autoencoder
 from dynamicrafter.checkpoint import read_checkpoint, read_lightning
 from model import device
 from model.memory import frozen_to_bf16
-from model.saving import (TINY_BASE, load_model)
+from model.saving import TINY_BASE, load_model
 from model.vid2world import PRESETS
 from testing import full_size, plan
 from testing.commands import folder, run_command
 from testing.episodes import make_rt1
-from testing.golden import (error_of)
-from testing.worlds import (small_checkpoint, small_episode, small_world, train_words)
+from testing.golden import error_of
+from testing.worlds import small_checkpoint, small_episode, small_world, train_words
 from training.settings import Settings
 
 HERE = Path(__file__).parent.parent

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines import (diamond,
-                       train_diamond)
+from baselines import diamond, train_diamond
 from data import SAMPLES, fit_frames, open_episodes
 from episodes import csgo
 from episodes.csgo import csgo_action
-from evaluation import (evaluate, game, metrics)
-from model.saving import (TINY_WORLD, save)
+from evaluation import evaluate, game, metrics
+from model.saving import TINY_WORLD, save
 from model.vid2world import to_frames
 from support.errors import CheckpointError, RequestError
 from testing.commands import folder, raises, refused, run_command

@@ -22,16 +22,16 @@ from data import DATA_SETS, SAMPLES, open_episodes
 from dynamicrafter.checkpoint import read_checkpoint
 from evaluation import (ablations, baselines, comparison, controllability, evaluate,
                         futures, game, intervals, metrics, policies, transfers)
-from model.saving import (ARENA_WORLD, TINY_BASE, TINY_WORLD, from_dynamicrafter, load_model)
+from model.saving import ARENA_WORLD, TINY_BASE, TINY_WORLD, from_dynamicrafter, load_model
 from model.vid2world import PRESETS
 from play import __main__ as play
 from support.errors import DataError
 from testing import speed
 from testing.commands import folder, free_port, raises, refused, run_command
-from testing.episodes import (make_episode, make_rt1)
-from testing.golden import (error_of)
+from testing.episodes import make_episode, make_rt1
+from testing.golden import error_of
 from testing.networks import small_networks
-from testing.worlds import (small_preset, train_words)
+from testing.worlds import small_preset, train_words
 
 HERE = Path(__file__).parent.parent
 

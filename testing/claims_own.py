@@ -16,14 +16,13 @@ import sample
 import train
 from action_guidance import align_actions
 from data import SAMPLES, open_episodes
-from episodes import (from_lerobot, from_rlds, from_video, show, writing)
+from episodes import from_lerobot, from_rlds, from_video, show, writing
 from play.keys import Keyboard, with_keys
 from sample import WorldModel
 from support.errors import DataError
 from testing.commands import folder, needs, raises, refused, run_command
-from testing.episodes import (make_episode, make_pictures,
-                              make_rt1)
-from testing.worlds import (save_world, small_preset, small_world)
+from testing.episodes import make_episode, make_pictures, make_rt1
+from testing.worlds import save_world, small_preset, small_world
 from training.settings import Settings
 
 HERE = Path(__file__).parent.parent

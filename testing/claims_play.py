@@ -22,7 +22,7 @@ from play.server import PlayServer
 from play.session import Session
 from testing.commands import folder
 from testing.player import Player, picture_of, play_server
-from testing.worlds import (small_world)
+from testing.worlds import small_world
 
 HERE = Path(__file__).parent.parent
 

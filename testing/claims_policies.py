@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation import (planning, policies,
-                        train_verifier)
-from model.saving import (TINY_BASE, TINY_WORLD, load_model)
+from evaluation import planning, policies, train_verifier
+from model.saving import TINY_BASE, TINY_WORLD, load_model
 from support.errors import RequestError
 from testing.commands import folder, raises, refused, run_command
 from testing.episodes import make_pictures

@@ -1,5 +1,6 @@
 """Claims about memory, devices and number formats."""
 import os
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from model import device
 from model.memory import frozen_to_bf16
 from model.saving import TINY_BASE, load_model
 from model.vid2world import PRESETS
-from testing import full_size, plan
+from testing import full_size, on_a_gpu, plan
 from testing.commands import folder, run_command
 from testing.episodes import make_rt1
 from testing.golden import error_of
@@ -147,3 +148,11 @@ def test_a_large_checkpoint_is_written_in_pieces_and_read():
     assert {name: tuple(w.shape) for name, w in weights.items()} == shapes
     wide = weights["model.diffusion_model.input_blocks.1.0.in_layers.2.weight"].float()
     assert 0.8 < wide.std() * wide[0].numel() ** 0.5 < 1.2
+
+
+def test_what_is_measured_on_a_gpu_runs_on_a_cpu():
+    with mock.patch.object(on_a_gpu, "TRAININGS", ((1, True),)):
+        code, said = run_command(on_a_gpu.main, "--rehearse")
+    assert code is None and "failed" not in said and said.count("steps with guidance") == 4
+    assert float(re.search(r"float32: the original U-Net's output to (\S+),", said)[1]) < 5e-6
+    assert "a pass over two branches of frame 16" in said and "a training step, 1 clips" in said

@@ -23,6 +23,7 @@ def join_processes() -> tuple[int, int, torch.device]:
     if cuda := device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # clips are of one size
     # the timeout is for the others, while the first trains the autoencoder or draws a strip
     if processes > 1:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3))

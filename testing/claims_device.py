@@ -153,6 +153,17 @@ def test_a_large_checkpoint_is_written_in_pieces_and_read():
 def test_what_is_measured_on_a_gpu_runs_on_a_cpu():
     with mock.patch.object(on_a_gpu, "TRAININGS", ((1, True),)):
         code, said = run_command(on_a_gpu.main, "--rehearse")
-    assert code is None and "failed" not in said and said.count("steps with guidance") == 4
+    assert code == 0 and "failed" not in said and said.count("steps with guidance") == 4
     assert float(re.search(r"float32: the original U-Net's output to (\S+),", said)[1]) < 5e-6
     assert "a pass over two branches of frame 16" in said and "a training step, 1 clips" in said
+
+
+def test_a_part_that_fails_on_a_gpu_is_named_and_the_others_go_on():
+    def time_pass(*_):
+        raise ValueError("too slow")
+
+    quick = {"compare": mock.Mock(), "time_frames": mock.Mock(), "time_training": mock.Mock()}
+    with mock.patch.multiple(on_a_gpu, time_pass=time_pass, **quick):
+        code, said = run_command(on_a_gpu.main, "--rehearse")
+    assert code == 1 and "time_pass failed: ValueError: too slow" in said
+    assert quick["time_training"].call_count == len(on_a_gpu.TRAININGS)

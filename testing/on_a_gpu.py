@@ -27,11 +27,9 @@ from temporal.streaming import Cache
 from testing.golden import error_of, golden, network_inputs, with_recipe
 from testing.plan import add_gradients, begin_training, build_model
 from testing.speed import PEAKS, seconds
-from testing.worlds import small_episode, small_world
-from unet import UNet, UNetConfig
+from testing.worlds import SMALL, small_episode, small_world
+from unet import UNet
 
-GOLDEN_UNET = UNetConfig(model_channels=32, num_res_blocks=1, channel_mult=(1, 2), head_channels=16,
-                         context_dim=48, num_frames=4)
 TRAININGS = ((1, True), (1, False), (2, True), (4, True))  # clips, recomputing activations?
 
 
@@ -40,7 +38,7 @@ def compare(device: torch.device) -> None:
     torch.backends.cudnn.allow_tf32 = False
     g = golden("unet_tiny")
     x, text, image = (tensor.to(device) for tensor in network_inputs(g))
-    network = with_recipe(UNet(GOLDEN_UNET), "model.diffusion_model.").to(device)
+    network = with_recipe(UNet(SMALL), "model.diffusion_model.").to(device)
     frames, actions = small_episode(6)
 
     def roll(where: torch.device, half: bool) -> torch.Tensor:
@@ -153,19 +151,23 @@ def time_training(config: ModelConfig, batch: int, checkpointing: bool, device: 
           f", {used:.1f} GB at the most", flush=True)
 
 
-def guarded(device: torch.device, work: Callable, *inputs: object) -> None:
-    """One part may fail, and the others go on."""
+def guarded(device: torch.device, work: Callable, *inputs: object) -> bool:
+    """Whether a part succeeded; if it fails, the others go on."""
     try:
         work(*inputs)
+        return True
     except Exception as error:  # noqa: BLE001
         print(f"\n{work.__name__} failed: {type(error).__name__}: {str(error)[:500]}", flush=True)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        return False
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 1 if a part failed."""
     parser = argparse.ArgumentParser(description="Measure what only a GPU can show.")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, a small network")
     rehearse = parser.parse_args(argv).rehearse
@@ -173,17 +175,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = replace(PRESETS["tiny"], size=(16, 16)) if rehearse else PRESETS["512"]
     print(torch.cuda.get_device_name() if device.type == "cuda" else "a rehearsal on the CPU",
           torch.__version__)
-    guarded(device, compare, device)
+    done = [guarded(device, compare, device)]
     with device:
         model = build_model(config).eval()
     fill(model)
     for steps, streaming, given in ((10, True, [1, 7, 14]), (50, True, [1, 7, 14]),
                                     (10, False, [1, 8, 15]), (50, False, [15])):
-        guarded(device, time_frames, model, 2 if rehearse else steps, streaming, given)
-    guarded(device, time_pass, model, 15)
+        done.append(guarded(device, time_frames, model, 2 if rehearse else steps, streaming, given))
+    done.append(guarded(device, time_pass, model, 15))
     del model
     for batch, checkpointing in TRAININGS:
-        guarded(device, time_training, config, batch, checkpointing, device)
+        done.append(guarded(device, time_training, config, batch, checkpointing, device))
+    return int(not all(done))
 
 
 if __name__ == "__main__":

@@ -158,6 +158,11 @@ class WorldModel:
         if self.streaming and not exact:
             print("streaming approximates here: this network's norms see the whole clip, so its "
                   "history changes with every frame")
+        visited = model.schedule.ddim_levels(self.sampling.steps)
+        if self.sampling.guidance != 1 and not any(len(self.branches(k)) > 1 for k in visited):
+            low, high = self.sampling.guidance_levels
+            print(f"guidance {self.sampling.guidance:g} changes nothing: none of the levels "
+                  f"visited, {visited[0]} to {visited[-1]}, is in [{low}, {high})")
         self.window: Window | None = None
 
     @property

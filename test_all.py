@@ -754,6 +754,10 @@ def test_guidance_applies_at_its_levels_and_saves_the_second_pass_elsewhere():
         limited, plain = small_world(guidance=3.0, guidance_levels=levels), small_world(**same_as)
         assert np.array_equal(sample.rollout(limited, frames, actions[:2]),
                               sample.rollout(plain, frames, actions[:2]))
+    for steps, high, warns in ((2, 300, True), (2, 500, False), (4, 300, False)):
+        with contextlib.redirect_stdout(words := io.StringIO()):
+            small_world(guidance=3.0, steps=steps, guidance_levels=(0, high))
+        assert ("guidance 3 changes nothing" in words.getvalue()) == warns
 
 
 def test_a_rollout_goes_on_past_the_window_and_remembers_all_latents():

@@ -217,8 +217,10 @@ def complete(settings: Settings) -> None:
                            "--frames")
 
 
-def report(scores: Scores, settings: Settings, world: WorldModel, out: Path) -> None:
-    """The results as JSON, as a Markdown table, and as curves over frames."""
+def report(scores: Scores, settings: Settings, world: WorldModel, short: int) -> None:
+    """The results as JSON, as a Markdown table, and as curves over frames; `short` episodes were
+    left out."""
+    out = Path(settings.out)
     by_frame = {name: rows.mean(axis=0) for name, rows in scores.items() if "," not in name}
     result = {name: float(row.mean()) for name, row in by_frame.items()}
     reasons = {"lpips": "no --lpips network", "fid": "no --inception network",
@@ -264,9 +266,10 @@ def report(scores: Scores, settings: Settings, world: WorldModel, out: Path) -> 
         lines.append(f"| {first + t} | {' | '.join(f'{row[t]:.3f}' for row in by_frame.values())} "
                      "|")
     worst = scores["psnr"].mean(axis=1).argsort()[:3]
+    seen = (f"counted without the {short} that are shorter" if short else
+            f"sample.py --episode {worst[0]}, told the same world and data, draws the first")
     lines += ["", "worst predicted: episodes " + ", ".join(
-        f"{i} ({scores['psnr'][i].mean():.1f} dB)" for i in worst)
-        + f"; sample.py --episode {worst[0]}, told the same world and data, draws the first"]
+        f"{i} ({scores['psnr'][i].mean():.1f} dB)" for i in worst) + f"; {seen}"]
     print("\n" + "\n".join(lines))
     (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps(
@@ -300,7 +303,7 @@ def run(settings: Settings) -> None:
     wait_for_all()  # until everybody has read what is about to go
     leave_processes()
     if rank == 0:
-        report(scores, settings, world, Path(settings.out))
+        report(scores, settings, world, episodes.short)
         shutil.rmtree(partial)
 
 

@@ -152,13 +152,16 @@ def test_evaluation_gives_an_interval_and_what_other_actions_cost():
     scores = evaluate.evaluate(Painter(), episodes, 5, 1, batch=2, shuffled=True)
     assert np.allclose(scores["psnr"], own[:, None]), (scores, own)
     assert np.allclose(scores["psnr under other actions"], other[:, None]) and len(set(own)) > 1
-    said, settings = io.StringIO(), evaluate.Settings(context_frames=1)
+    said, settings = io.StringIO(), evaluate.Settings(context_frames=1, out=str(folder()))
     world = SimpleNamespace(sampling=sample.Sampling())
     with contextlib.redirect_stdout(said):
-        evaluate.report(scores, settings, world, folder())
+        evaluate.report(scores, settings, world, short=0)
+        evaluate.report(scores, settings, world, short=2)  # sample.py counts those as well
     line = f"{own.mean():.3f} ± {1.96 * own.std(ddof=1) / 3**0.5:.3f}"
     assert f"| PSNR | {line} |" in said.getvalue(), said.getvalue()
     assert f"worst predicted: episodes {own.argmin()} ({own.min():.1f} dB), " in said.getvalue()
+    assert said.getvalue().count(f"; sample.py --episode {own.argmin()}, ") == 1
+    assert "; counted without the 2 that are shorter" in said.getvalue()
 
 
 def test_a_mean_stands_with_its_bootstrap_interval_and_a_rate_with_wilsons():

@@ -217,9 +217,20 @@ def complete(settings: Settings) -> None:
                            "--frames")
 
 
-def report(scores: Scores, settings: Settings, world: WorldModel, short: int) -> None:
-    """The results as JSON, as a Markdown table, and as curves over frames; `short` episodes were
-    left out."""
+def numbers_in_sample(episodes: Episodes, settings: Settings) -> list[int | None]:
+    """The --episode of sample.py that is each of these; None for one that it does not hold out.
+    It counts short episodes as well, and so may hold out others."""
+    known = open_episodes(settings.data, settings.root, "val")
+    number = {episode.name: i for i, episode in enumerate(known)}
+    return [number.get(episode.name) for episode in episodes]
+
+
+def report(scores: Scores, settings: Settings, world: WorldModel, numbers: Sequence[int | None]
+           ) -> None:
+    """The results as JSON, as a Markdown table, and as curves over frames.
+
+    numbers  of each episode, from `numbers_in_sample`
+    """
     out = Path(settings.out)
     by_frame = {name: rows.mean(axis=0) for name, rows in scores.items() if "," not in name}
     result = {name: float(row.mean()) for name, row in by_frame.items()}
@@ -266,10 +277,11 @@ def report(scores: Scores, settings: Settings, world: WorldModel, short: int) ->
         lines.append(f"| {first + t} | {' | '.join(f'{row[t]:.3f}' for row in by_frame.values())} "
                      "|")
     worst = scores["psnr"].mean(axis=1).argsort()[:3]
-    seen = (f"counted without the {short} that are shorter" if short else
-            f"sample.py --episode {worst[0]}, told the same world and data, draws the first")
     lines += ["", "worst predicted: episodes " + ", ".join(
-        f"{i} ({scores['psnr'][i].mean():.1f} dB)" for i in worst) + f"; {seen}"]
+        f"{i} ({scores['psnr'][i].mean():.1f} dB)" for i in worst)]
+    if (first_worst := numbers[worst[0]]) is not None:
+        lines[-1] += (f"; sample.py --episode {first_worst}, told the same world and data, draws "
+                      "the first")
     print("\n" + "\n".join(lines))
     (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps(
@@ -303,7 +315,7 @@ def run(settings: Settings) -> None:
     wait_for_all()  # until everybody has read what is about to go
     leave_processes()
     if rank == 0:
-        report(scores, settings, world, episodes.short)
+        report(scores, settings, world, numbers_in_sample(episodes, settings))
         shutil.rmtree(partial)
 
 

@@ -1507,8 +1507,9 @@ def test_training_says_how_long_it_will_take():
 
 def test_settings_are_those_of_the_kind_of_model_and_can_be_changed():
     small, full = parse_arguments([]), Settings()
-    assert (small.steps, small.batch, small.preset, small.size) == (500, 4, "tiny", [64, 80])
+    assert (small.steps, small.batch, small.preset, small.size) == (1000, 2, "tiny", [64, 80])
     assert small.augment is False and full.augment is None
+    assert small.decoder_steps == 200 and parse_arguments(["--passive"]).decoder_steps == 0
     assert (full.steps, full.batch, full.lr, full.action_dropout) == (100_000, 8, 1e-5, 0.2)
     changed = parse_arguments(["--set", "low_noise_prob=0.6", "loss_weighting=x0", "dropout=0",
                                      "val_clips=3"])
@@ -1527,7 +1528,7 @@ def test_settings_are_those_of_the_kind_of_model_and_can_be_changed():
         refused(train.main, *words, saying=saying)
     code, printed = run_command(train.main, "--help")
     # what will be used
-    assert code == 0 and "(default: 500)" in printed and "100000" not in printed
+    assert code == 0 and "(default: 1000)" in printed and "100000" not in printed
     options = set(re.findall(r"^  --([a-z-]+)", printed, re.M))
     assert len(options) <= 24, options
     printed = run_command(sample.main, "--help")[1]

@@ -242,7 +242,7 @@ def record(simulator: Simulator, behaviour: str, rng: np.random.Generator, frame
     return {name: np.array(values) for name, values in rows.items()}
 
 
-def encode(episode: dict[str, np.ndarray], with_actions: bool) -> bytes:
+def encode(episode: dict[str, np.ndarray], with_actions: bool, quality: int) -> bytes:
     """An Example in RT-1's schema, with the gripper's place beside it."""
     actions = episode["actions"] * with_actions
     T = len(actions)
@@ -250,7 +250,7 @@ def encode(episode: dict[str, np.ndarray], with_actions: bool) -> bytes:
     terminate[:, 1] = 1  # go on
     terminate[-1] = (1, 0, 0)
     return encode_example({
-        "steps/observation/image": [to_jpeg(frame) for frame in episode["frames"]],
+        "steps/observation/image": [to_jpeg(frame, quality) for frame in episode["frames"]],
         "steps/action/base_displacement_vector": np.zeros((T, 2), np.float32),
         "steps/action/base_displacement_vertical_rotation": np.zeros((T, 1), np.float32),
         "steps/action/gripper_closedness_action": actions[:, 3:].astype(np.float32),
@@ -262,7 +262,7 @@ def encode(episode: dict[str, np.ndarray], with_actions: bool) -> bytes:
     })
 
 
-def to_jpeg(frame: np.ndarray, quality: int = 88) -> bytes:
+def to_jpeg(frame: np.ndarray, quality: int) -> bytes:
     file = BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
     return file.getvalue()
@@ -281,6 +281,7 @@ class Settings:
     frames: int = option(FRAMES, "per episode")
     per_file: int = option(32, "episodes per file")
     out: str = option("recorded/drawer", "folder for the files")
+    quality: int = option(88, "of its JPEGs")
     seed: int = option(0, "random seed", least=0)
     processes: int = option(2, "files recorded at a time")
 
@@ -293,7 +294,7 @@ def record_episodes(args: Settings, numbers: range) -> list[bytes]:
         episode = record(simulator_of(tasks[i // len(BEHAVIOURS) % len(tasks)]),
                          behaviours[i % len(behaviours)],
                          np.random.default_rng([args.seed, world, i]), args.frames, varied=others)
-        examples.append(encode(episode, with_actions=not others))
+        examples.append(encode(episode, not others, args.quality))
     return examples
 
 

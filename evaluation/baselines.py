@@ -38,17 +38,15 @@ from support.options import option, program
 from support.pictures import save_strip
 from training.settings import Settings as TrainSettings
 
-# one level a clip and no action hidden, weighted as the world is
-CLIPS = {"shared_level": True, "action_dropout": 0.0, "loss_weighting": "x0"}
-WORLD = {"low_noise_prob": 0.6, "loss_weighting": "x0"}  # as the bundled world was trained
+CLIPS = {"shared_level": True, "action_dropout": 0.0}  # one level a clip and no action hidden
 RECIPES = {  # row -> what trains it, and with which settings; rows with one name share a run
     "classifier guidance": ("classifier", classifier_guidance.RECIPE, CLIPS),
     "ControlNet": ("controlnet", controlnet.RECIPE, CLIPS),
     "AVID": ("avid", avid.RECIPE, CLIPS),
     "action-conditioned": ("action", action_finetuning.RECIPE, CLIPS),
     "language-conditioned": ("language", language_finetuning.recipe(), CLIPS),
-    "Vid2World-NAR": ("world", train.WORLD, WORLD),
-    "Vid2World": ("world", train.WORLD, WORLD),
+    "Vid2World-NAR": ("world", train.WORLD, {}),
+    "Vid2World": ("world", train.WORLD, {}),
 }
 ROWS = ("repeating", "base", *RECIPES)
 PUBLISHED = {  # the paper's Table 1, RT-1: FVD, FID, SSIM, LPIPS, PSNR
@@ -64,8 +62,6 @@ PUBLISHED = {  # the paper's Table 1, RT-1: FVD, FID, SSIM, LPIPS, PSNR
 class Settings(TrainingSettings):
     rows: list[str] | None = option(None, f"which: {', '.join(ROWS)}; if left out, all", nargs="+",
                                     metavar="NAME", type=str)
-    steps: int = option(1000, "of training")
-    cooldown: int = option(500, "as in train.py", least=0)
     frames: int = option(6, "frames per clip, in training and of an episode", least=2)
     val_clips: int = option(8, "held-out clips in a validation loss")
     denoising_steps: int = option(10, "of every sampler")

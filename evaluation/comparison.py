@@ -42,9 +42,9 @@ class StartSettings:
 class TrainingSettings(StartSettings):
     """How all of its models are trained and measured."""
     seeds: int = option(3, "runs of every row")
-    steps: int = option(300, "of training")
-    cooldown: int = option(100, "as in train.py", least=0)
-    batch: int = option(4, "clips per step")
+    steps: int = option(training.LAPTOP["steps"], "of training")
+    cooldown: int = option(training.LAPTOP["cooldown"], "as in train.py", least=0)
+    batch: int = option(training.LAPTOP["batch"], "clips per step")
     frames: int = option(16, "frames per clip in training", least=2)
     val_clips: int = option(16, "held-out clips in a validation loss")
     episodes: int = option(32, "held-out episodes to imagine")
@@ -52,16 +52,15 @@ class TrainingSettings(StartSettings):
 
 def post_train(run: Path, changes: dict, seed: int, settings: TrainingSettings,
                recipe: Recipe = train.WORLD) -> dict[int, float]:
-    """Train with these changes, or the rest of it; held-out loss by step. Raises DataError if the
-    run was begun with other settings."""
+    """Train as `python train.py --data rt1` does, but for these changes, or the rest of it;
+    held-out loss by step. Raises DataError if the run was begun with other settings."""
     every = max(1, settings.steps // 5)
-    chosen = training.Settings(
-        data=settings.data, root=settings.root, base=settings.base, out=str(run),
-        resume=(run / "checkpoint.pt").exists(), overwrite=True, steps=settings.steps,
-        batch=settings.batch, frames=settings.frames, warmup=min(50, settings.steps // 4),
-        cooldown=settings.cooldown, val_every=every, val_clips=settings.val_clips,
-        save_every=every, sample_every=10**9, dropout=0.0, augment=False, seed=seed,
-        workers=0, lr=training.LAPTOP["lr"])
+    chosen = replace(
+        training.Settings(**training.LAPTOP_WORLD), data=settings.data, root=settings.root,
+        base=settings.base, out=str(run), resume=(run / "checkpoint.pt").exists(), overwrite=True,
+        steps=settings.steps, batch=settings.batch, frames=settings.frames,
+        warmup=min(50, settings.steps // 4), cooldown=settings.cooldown, val_every=every,
+        val_clips=settings.val_clips, save_every=every, sample_every=10**9, seed=seed, workers=0)
     chosen = replace(chosen, **changes)
     chosen.preset = preset_of(chosen.base)
     training.complete(chosen)

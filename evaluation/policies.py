@@ -385,11 +385,13 @@ def compare(title: str, rates: dict[str, np.ndarray], true: dict[str, np.ndarray
               for i, name in enumerate(true)}
     save_curves(out / f"figure4_{file_name(title)}.png", {"equal": [(0, 0), (1, 1)]} | points,
                 "success in truth")
-    drawn = [agree(ours[:, picked], theirs[:, picked])
-             for picked in np.random.default_rng(0).integers(n, size=(2000, n))]
-    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
-    cells = [f"{value:.{digits}f} ({low[i]:.{digits}f} to {high[i]:.{digits}f})"
-             for i, (value, digits) in enumerate(zip(agree(ours, theirs), (2, 2, 0), strict=True))]
+    drawn = np.array([agree(ours[:, picked], theirs[:, picked])
+                      for picked in np.random.default_rng(0).integers(n, size=(2000, n))])
+    cells = ["none"] * 3  # where one side never varies
+    for i, (value, digits) in enumerate(zip(agree(ours, theirs), (2, 2, 0), strict=True)):
+        if np.isfinite(value):
+            low, high = np.nanpercentile(drawn[:, i], (2.5, 97.5))
+            cells[i] = f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
     return f"| {title} | {' | '.join(cells)} |"
 
 

@@ -33,6 +33,8 @@ def test_rank_violations_are_those_of_the_published_example():
     fewer = outcomes | {"b": np.arange(50) < 30}  # and so 20 points off, give or take ten
     off = policies.compare("a world", fewer, outcomes, folder()).split(" | ")[3]
     assert re.fullmatch(r"20 \((8|10|12) to (28|30|32)\) \|", off), off
+    nothing = {name: outcomes["a"][::-1] & outcomes["a"] for name in outcomes}
+    assert policies.compare("nothing moves", nothing, outcomes, folder()).split(" | ")[1] == "none"
 
 
 def test_a_policy_acts_on_what_it_is_shown_and_shuffled_worlds_get_anothers_action():

@@ -10,7 +10,9 @@ import signal
 import socket
 import tempfile
 from pathlib import Path
-from unittest import SkipTest
+from unittest import SkipTest, mock
+
+from training.settings import LAPTOP_WORLD
 
 # whatever this run and the commands that it starts leave behind goes with it
 tempfile.tempdir = os.environ["TMPDIR"] = EVERYTHING = tempfile.mkdtemp()
@@ -46,7 +48,8 @@ def run_command(main, *words: object) -> tuple[int, str]:
     printed = io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with (contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed),
+              mock.patch.dict(LAPTOP_WORLD, decoder_steps=0)):  # which take minutes
             code = main([str(word) for word in words])
     except SystemExit as leaving:  # argparse
         code = leaving.code

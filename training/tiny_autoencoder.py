@@ -2,8 +2,7 @@
 
 At full size the autoencoder is inherited and stays frozen. A model from scratch has none, so
 `train.py` trains one on single frames first. The small one of a bundled base has not seen
-everything, as Stable Diffusion's has: `--set decoder_steps=300` shows its decoder the frames of the
-data first.
+everything, as Stable Diffusion's has: its decoder is shown the frames of the data first.
 """
 import math
 from collections.abc import Iterable

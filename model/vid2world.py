@@ -74,8 +74,8 @@ PRESETS = {
 }
 
 # Sampling settings that measurement found best for the small models (evaluation/RESULTS.md).
-TUNED_SAMPLING = {"tiny": {"guidance": 2.0, "guidance_levels": (0, 300), "steps": 4, "eta": 0.0},
-                  "arena": {"guidance": 1.0, "steps": 2, "eta": 0.0}}
+TWO_STEPS = {"guidance": 1.0, "steps": 2, "eta": 0.0}
+TUNED_SAMPLING = {"tiny": TWO_STEPS | {"guidance_levels": (500, 1000)}, "arena": TWO_STEPS}
 CLIP_STD = 5.0  # standardised actions are clipped to ± this, in training and in sampling
 
 

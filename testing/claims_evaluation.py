@@ -219,7 +219,7 @@ def test_the_bundled_files_are_small_and_halved():
         weights = content.get("state_dict") or content["weights"]
         kinds = {tensor.dtype for name, tensor in weights.items() if name != "action_statistics"}
         assert path.stat().st_size < 16e6 and kinds == {torch.float16}, path
-    assert sum(path.stat().st_size for path in (HERE / "samples").iterdir()) < 13e6
+    assert sum(path.stat().st_size for path in (HERE / "samples").iterdir()) < 17e6
     assert sum(p.numel() for p in from_dynamicrafter(TINY_BASE,
                                                      PRESETS["tiny"]).unet.parameters()) < 8e6
 
@@ -372,7 +372,7 @@ def test_controllability_compares_seeds_with_the_actions_and_with_anothers():
     assert code == 0 and [seeds for seeds, _ in asked] == [[0, 1, 2]] * 4, said
     own, other = asked[0][1], asked[1][1]
     assert np.array_equal(other, own[::-1]) and not np.array_equal(other, own)  # of two episodes
-    assert "| 2 | 0–300 | 4.50 (4.00 to 5.00) | +2.00 (+2.00 to +2.00) | 24.00 (23.00 to" in said
+    assert "| 2 | 500–1000 | 4.50 (4.00 to 5.00) | +2.00 (+2.00 to +2.00) | 24.00 (23.00 to" in said
 
 
 def test_a_variant_is_compared_with_the_baseline_seed_by_seed():

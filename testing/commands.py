@@ -49,7 +49,7 @@ def run_command(main, *words: object) -> tuple[int, str]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with (contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed),
-              mock.patch.dict(LAPTOP_WORLD, decoder_steps=0)):  # which take minutes
+              mock.patch.dict(LAPTOP_WORLD, decoder_steps=0)):  # 200 take minutes
             code = main([str(word) for word in words])
     except SystemExit as leaving:  # argparse
         code = leaving.code

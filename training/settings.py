@@ -75,8 +75,8 @@ class Settings:
 
 
 # A small model on a laptop takes larger and fewer steps, and too few of them to see a picture in
-# many lights. A world's are weighted towards levels at which actions decide, more of its clips'
-# frames are clear, as a rollout's history is, and its decoder is shown the data's frames first.
+# many lights. For a world the loss weighs levels at which actions decide, more frames of a clip
+# are clear, as a rollout's history is, and the decoder is shown the data's frames first.
 LAPTOP = {"batch": 2, "lr": 1e-3, "steps": 1000, "warmup": 50, "cooldown": 500, "save_every": 100,
           "val_every": 100, "val_clips": 8, "sample_every": 200, "augment": False, "dropout": 0.0}
 LAPTOP_WORLD = LAPTOP | {"low_noise_prob": 0.3, "loss_weighting": "x0", "decoder_steps": 200}

@@ -8,7 +8,8 @@
 
 A row of a table is an action. The first line may name the columns. A column `timestamp` says when
 in the video, in seconds, each row was recorded, and so picks its frame. Without one, the table has
-a row for every frame.
+a row for every frame. `--camera front wrist` lays drive_1_front.mp4 and drive_1_wrist.mp4 side by
+side, beside drive_1.csv.
 """
 import csv
 from collections.abc import Iterable
@@ -20,9 +21,9 @@ import numpy as np
 
 from episodes.index import list_files
 from episodes.video import all_frames, frame_rate, frames_at, import_av
-from episodes.writing import write_episodes
+from episodes.writing import side_by_side, write_episodes
 from support.errors import DataError, reading
-from support.options import argument, program
+from support.options import argument, option, program
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 TIME = "timestamp"
@@ -32,6 +33,8 @@ TIME = "timestamp"
 class Settings:
     src: str = argument("folder with videos and tables")
     dst: str = argument("folder for the episodes")
+    camera: list[str] | None = option(None, "ends of the videos' names, where an episode has "
+                                            "several: they stand side by side", nargs="+")
 
 
 def read_csv(path: Path) -> tuple[list[str], np.ndarray]:
@@ -61,12 +64,23 @@ def is_number(text: str) -> bool:
         return False
 
 
-def read_episode(video: Path, names: list[str]) -> tuple[Iterable, np.ndarray]:
-    """The frames and the actions of a video. Raises DataError where they do not match.
+def list_episodes(src: Path, cameras: list[str]) -> list[tuple[Path, list[Path]]]:
+    """The table of every episode and its videos, one of each camera; the first's name it."""
+    endings, episodes = [f"_{camera}" for camera in cameras] or [""], []
+    found = [Path(folder) / name for folder, names in list_files(src) for name in sorted(names)]
+    for path in found:
+        if path.suffix.lower() in VIDEOS and path.stem.endswith(endings[0]):
+            stem = path.stem.removesuffix(endings[0])
+            episodes.append((path.with_name(f"{stem}.csv"),
+                             [path.with_name(stem + each + path.suffix) for each in endings]))
+    return episodes
+
+
+def read_episode(table: Path, videos: list[Path], names: list[str]) -> tuple[Iterable, np.ndarray]:
+    """The frames and the actions of an episode. Raises DataError where they do not match.
 
     names  the columns of the first table, which all must have
     """
-    table = video.with_suffix(".csv")
     if not table.exists():
         raise DataError(f"there is no {table.name} beside it")
     found, rows = read_csv(table)
@@ -74,37 +88,35 @@ def read_episode(video: Path, names: list[str]) -> tuple[Iterable, np.ndarray]:
         raise DataError(f"its columns are {', '.join(found) or 'without names'}; those of the "
                         f"first are {', '.join(names) or 'without names'}")
     if TIME not in names:
-        return all_frames(video, len(rows)), rows
+        return side_by_side([all_frames(video, len(rows)) for video in videos]), rows
     column = names.index(TIME)
     due = rows[:, column]
     if (np.diff(due) <= 0).any():
         raise DataError(f"the {TIME} column of {table.name} does not rise")
-    return (frames_at(video, due, frame_rate(video), whole=False), np.delete(rows, column, axis=1))
+    cameras = [frames_at(video, due, frame_rate(video), whole=False) for video in videos]
+    return side_by_side(cameras), np.delete(rows, column, axis=1)
 
 
 def convert(settings: Settings) -> None:
-    src = Path(settings.src).expanduser()
+    src, cameras = Path(settings.src).expanduser(), settings.camera or []
     import_av()
-    videos = [Path(folder) / name for folder, names in list_files(src) for name in sorted(names)
-              if Path(name).suffix.lower() in VIDEOS]
-    tables = [path for path in videos if path.with_suffix(".csv").exists()]
-    if not tables:
-        raise DataError(f"{src} holds no video with a table beside it (episode.mp4, episode.csv)")
-    names, fps = read_first(tables)
+    episodes = list_episodes(src, cameras)
+    names, fps = read_first([each for each in episodes if each[0].exists()], src)
     numbers = [name for name in names if name != TIME]
     info = {"fps": fps} | ({"names": numbers} if numbers else {})
-    sources = (("_".join(video.relative_to(src).with_suffix("").parts),
-                partial(read_episode, video, names)) for video in videos)
-    write_episodes(sources, len(videos), Path(settings.dst), info, {"src": str(src.resolve())})
+    sources = (("_".join(table.relative_to(src).with_suffix("").parts),
+                partial(read_episode, table, videos, names)) for table, videos in episodes)
+    origin = {"src": str(src.resolve())} | ({"camera": cameras} if cameras else {})
+    write_episodes(sources, len(episodes), Path(settings.dst), info, origin)
 
 
-def read_first(videos: list[Path]) -> tuple[list[str], float]:
+def read_first(episodes: list[tuple[Path, list[Path]]], src: Path) -> tuple[list[str], float]:
     """The columns' names and the frame rate of the first episode that can be read. Raises
     DataError."""
-    problems = []
-    for video in videos:
+    problems = [f"{src} holds no video with a table beside it"] * (not episodes)
+    for table, videos in episodes:
         try:
-            return read_csv(video.with_suffix(".csv"))[0], frame_rate(video)
+            return read_csv(table)[0], frame_rate(videos[0])
         except DataError as error:
             problems.append(str(error))
     raise DataError("; ".join(problems[:3]))

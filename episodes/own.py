@@ -39,14 +39,6 @@ USUAL_FPS = 10
 
 @dataclass(frozen=True)
 class Info:
-    fps: float | None = None
-    names: tuple[str, ...] = ()
-    keys: dict[str, Key] = field(default_factory=dict)
-    absolute: bool = False
-
-
-@dataclass(frozen=True)
-class Said:
     """What the file may say."""
     fps: float | None = None
     names: tuple[str, ...] = ()
@@ -72,12 +64,12 @@ def describe_folder(root: Path, paths: list[Path], fps: float | None = None) -> 
     """
     first, actions = read_first(root, paths)
     width = actions.shape[1]
-    info = read_info(root, width)
+    info, keys = read_info(root, width)
     if not (fps or info.fps):
         say(f"nothing says how many frames a second {root} has: taken to be {USUAL_FPS}; --fps or "
             "an info.json say it")
     return {"fps": fps or info.fps or USUAL_FPS, "aspect": first.shape[1:3],
-            "actions": (("action", width),), "names": info.names, "keys": info.keys,
+            "actions": (("action", width),), "names": info.names, "keys": keys,
             "absolute": info.absolute}
 
 
@@ -94,26 +86,25 @@ def read_first(root: Path, paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     raise DataError(f"no episode in {root} can be read: {'; '.join(problems[:3])}")
 
 
-def read_info(root: Path, width: int) -> Info:
-    """The info.json of a folder whose actions have `width` numbers, if there is one.
+def read_info(root: Path, width: int) -> tuple[Info, dict[str, Key]]:
+    """The info.json of a folder whose actions have `width` numbers, if there is one, and its keys.
 
     Raises DataError for one that cannot be meant.
     """
     path = root / "info.json"
     if not path.exists():
-        return Info()
+        return Info(), {}
     with reading(path):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     try:
-        said = conform(Said, content, "", {"fps": (1e-3, 1000)})
+        info = conform(Info, content, "", {"fps": (1e-3, 1000)})
     except UserError as error:
         raise DataError(f"{path}: {error}") from None
-    names = said.names
+    names = info.names
     if len(names) != len(set(names)) or len(names) not in (0, width):
         raise DataError(f"{path}: names is {names!r:.80}; expected {width} different names, one "
                         "for each number of an action")
-    keys = {name: read_key(path, name, what, names) for name, what in said.keys.items()}
-    return Info(said.fps, names, keys, said.absolute)
+    return info, {name: read_key(path, name, what, names) for name, what in info.keys.items()}
 
 
 def read_key(path: Path, name: str, what: dict, names: Sequence[str]) -> Key:

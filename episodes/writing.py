@@ -21,7 +21,6 @@ from support.errors import DataError, reading
 
 Source = tuple[str, Callable[[], tuple[Iterable, np.ndarray]]]
 
-
 SOURCE = ".converted_from.json"
 FORMATS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "WEBP": ".webp", "PPM": ".ppm",
            "TIFF": ".tif"}  # that `episodes.pictures` reads again

@@ -5,11 +5,11 @@
 
 An imperfect policy closes a drawer (evaluation/policies.py). A proposal is that policy with a noise
 of its own on top. At a decision K of them are imagined for H frames, all in the same noise of the
-world; a small network reads off their ends how far the drawer is open still; the best is followed
-for a few frames, and then it is decided anew.
+world; a small network reads off their ends how far the drawer is open still. The best is followed,
+and then it is decided anew.
 
     policy alone   no noise, no world          world      the best in the world
-    random         any of the proposals        CEM        the same, then twice as many more about
+    random         any of the proposals        CEM        the same, then as many more about
     shuffled       the best in a world that               the best four (cross-entropy method)
                    mixes up their actions      simulator  the best in the simulator itself
 
@@ -36,7 +36,7 @@ from support.options import option, program
 from support.pictures import save_gif
 
 METHODS = ("policy alone", "random", "shuffled", "world", "CEM", "simulator")
-ELITE, ROUNDS, LEAST = 4, 3, 0.1  # of CEM: the best, how often, the least deviation
+ELITE, ROUNDS, LEAST = 4, 2, 0.1  # of CEM: the best, how often, the least deviation
 SEEN, SEEDS = 8, 4  # real frames that the world is given; seeds that doubt
 
 
@@ -46,8 +46,8 @@ class Settings(WorldSettings):
     methods: list[str] | None = option(None, "which; if left out, all", nargs="+", choices=METHODS)
     policy: str = option("120 steps", "that proposes", choices=list(MARKS))
     proposals: int = option(16, "imagined at a decision", least=ELITE)
-    horizon: int = option(16, "frames of a proposal")
-    execute: int = option(10, "of them that are followed")
+    horizon: int = option(20, "frames of a proposal")
+    execute: int = option(20, "of them that are followed")
     noise: float = option(0.5, "standard deviation of a proposal's noise", least=0)
     out: str = option("evaluations/planning", "folder for the results")
 
@@ -158,22 +158,25 @@ class ImaginedStart(Start):
 def attempt(planner: Planner, method: str, start: Start, seed: int) -> dict[str, float]:
     """Drive the start to its end: metres and seconds, and an animation."""
     random, begun, seconds, imagined = np.random.default_rng([13, seed]), start.opening(), [], []
-    out = Path(planner.settings.out)
     while len(start.actions) < HORIZON:
         began = time.monotonic()
         noise = planner.decide(method, start, random)
         seconds.append(time.monotonic() - began)
-        future, end = planner.imagine(planner.world, start, noise[None])
-        _, others = planner.imagine(planner.doubtful, start, np.repeat(noise[None], SEEDS, axis=0))
         followed = noise[: planner.settings.execute]
-        imagined += list(future[0, : len(followed)])
+        last = len(start.actions) + len(followed) == HORIZON
+        if last or method == "world":
+            future, end = planner.imagine(planner.world, start, noise[None])
+            imagined += list(future[0, : len(followed)])
+        if last:
+            _, others = planner.imagine(planner.doubtful, start, np.repeat(noise[None], SEEDS, 0))
         start.follow(followed)
     result = {"begun": begun, "real": start.opening(), "imagined": float(end[0]),
               "doubt": float(others.std(ddof=1)), "seconds": float(np.mean(seconds))}
     if method == "world":
         how = "closed" if result["real"] < CLOSED else "fooled" if end[0] < CLOSED else "open"
-        save_gif(out / f"{how}_{seed}.gif", {"what happened": np.stack(start.frames[1:]),
-                                             "what was imagined": np.stack(imagined)}, fps=6)
+        save_gif(Path(planner.settings.out) / f"{how}_{seed}.gif",
+                 {"what happened": np.stack(start.frames[1:]),
+                  "what was imagined": np.stack(imagined)}, fps=6)
     return result
 
 

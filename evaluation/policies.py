@@ -50,7 +50,7 @@ from evaluation.intervals import rate_and_interval, wilson
 from evaluation.readers import FrameReader
 from model.saving import CHECKPOINTS, checkpoint_file
 from model.vid2world import Model, ModelConfig
-from sample import WorldModel, load_world
+from sample import WorldModel
 from support.errors import CheckpointError, DataError, RequestError, reading
 from support.options import option, program
 from support.pictures import save_curves, save_strip
@@ -114,11 +114,6 @@ def load_policies(path: Path = POLICIES) -> tuple[dict[str, FrameReader], Succes
                     for name, weights in content["policies"].items()}
         verifier = load_weights(verifier_network(), content["verifier"], str(path)).eval()
     return policies, SuccessClassifier(verifier)
-
-
-def world_of(settings: WorldSettings) -> str | Path:
-    """The checkpoint that is asked for, or the bundled one."""
-    return settings.checkpoint or bundled_world(settings.data)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,7 +264,8 @@ def successes(trial: Trial, name: str, policy: Policy, verifier: Verifier, start
     # a checkpoint, policy or verifier that was trained further is another one
     code = [words.partition(":")[0].replace(".", "/") + ".py" if ":" in words else words
             for words in filter(None, [*(settings.policy or []), settings.verifier])]
-    paths = map(Path, [checkpoint_file(world_of(settings)), *(code or [POLICIES])])
+    world = checkpoint_file(settings.checkpoint or bundled_world(settings.data))
+    paths = map(Path, [world, *(code or [POLICIES])])
     chosen = {key: getattr(settings, key) for key in DECISIVE} | {
         "written": [path.stat().st_mtime_ns for path in paths if path.exists()]}
 
@@ -339,7 +335,7 @@ def run(settings: Settings) -> None:
     (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
     if settings.replay:
         return replay(settings)
-    model = load_world(world_of(settings)).model
+    model = settings.load_world().model
     policies, verifier = open_policies(settings)
     starts, true = read_starts(settings, model.config)
     for name in policies.keys() - true.keys() if settings.truth else ():

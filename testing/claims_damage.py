@@ -398,13 +398,14 @@ def test_two_episodes_that_claim_the_same_pictures_are_left_out():
     assert "claims the same stretch of" in said
 
 
-def film(path: Path, frames: int = 6, codec: str = "libx264", **options: object) -> None:
+def film(path: Path, frames: int = 6, codec: str = "libx264", seed: int = 0,
+         **options: object) -> None:
     import av
     with av.open(str(path), "w", **options) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for t in range(frames):
-            picture = np.random.default_rng(t).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+            picture = np.random.default_rng(seed + t).integers(0, 256, (6, 8, 3), dtype=np.uint8)
             picture = picture.repeat(8, axis=0).repeat(8, axis=1)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
@@ -433,6 +434,26 @@ def test_tables_that_excel_saved_are_read_and_names_are_not_taken_twice():
     (source / "a.csv").write_text("1,2\n" * 6, encoding="utf-8")
     code, said = run_command(from_video.main, source, folder() / "out")
     assert "2 episodes in" in said and "there is another episode of this name" in said, said
+
+
+def test_films_of_two_cameras_stand_side_by_side():
+    needs("av")
+    source, out = folder(), folder() / "out"
+    for name, frames in (("a_front", 6), ("a_wrist", 6), ("b_front", 6), ("b_wrist", 5),
+                         ("c_front", 6), ("d_wrist", 6)):
+        film(source / f"{name}.mp4", frames, seed=10 * name.endswith("wrist"))
+        (source / f"{name[0]}.csv").write_text("1,2\n" * 6, encoding="utf-8")
+    code, said = run_command(from_video.main, source, out, "--camera", "front", "wrist")
+    assert code == 0 and "1 episodes in" in said and "2 left out" in said, said
+    assert "b: b_wrist.mp4 has 5 frames for 6 rows" in said and "c_wrist.mp4" in said, said
+    both = decode((out / "a" / "000003.jpg").read_bytes()).astype(int)
+    assert both.shape == (48, 128, 3)
+    for camera, half in (("front", both[:, :64]), ("wrist", both[:, 64:])):
+        run_command(from_video.main, source, alone := folder() / "out", "--camera", camera)
+        assert np.abs(half - decode((alone / "a" / "000003.jpg").read_bytes())).mean() < 3
+    assert np.abs(both[:, :64] - both[:, 64:]).mean() > 30
+    code, said = run_command(from_video.main, source, out, "--camera", "front")
+    assert code == 2 and "name another folder" in said, said
 
 
 def test_a_film_that_the_decoder_had_to_guess_is_left_out():

@@ -107,7 +107,7 @@ def bright(videos):
     here = os.getcwd()
     os.chdir(out)
     try:
-        with (mock.patch.object(policies, "load_world", lambda path: Brighter),
+        with (mock.patch.object(policies.Settings, "load_world", lambda settings: Brighter),
               mock.patch.object(policies, "WorldModel", lambda *_, **__: Brighter())):
             code, said = run_command(policies.main, *words, "--verifier", "mine:bright", "--truth",
                                      truth)

@@ -280,8 +280,8 @@ def report(scores: Scores, settings: Settings, world: WorldModel, numbers: Seque
     lines += ["", "worst predicted: episodes " + ", ".join(
         f"{i} ({scores['psnr'][i].mean():.1f} dB)" for i in worst)]
     if (first_worst := numbers[worst[0]]) is not None:
-        lines[-1] += (f"; sample.py --episode {first_worst}, told the same world and data, draws "
-                      "the first")
+        lines[-1] += (f"; sample.py --episode {first_worst}, told the same world and data, rolls "
+                      "the first out anew, in other noise")
     print("\n" + "\n".join(lines))
     (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps(

@@ -18,6 +18,7 @@ import sample
 import unet
 from support.options import parse
 from temporal import norm
+from testing.faults import FAULTS
 from training.settings import parse_arguments
 
 HERE = Path(__file__).parent.parent
@@ -102,6 +103,13 @@ def test_the_readmes_code_is_the_projects_and_its_files_exist():
     prose = re.sub(r"```.*?```|^    .*?$|<!--.*?-->", "", readme, flags=re.S | re.M)
     words = re.findall(r"[^\s|]*\w[^\s|]*", prose)
     assert len(words) <= 1500, len(words)
+
+
+def test_every_fault_can_be_planted():
+    for (file, _), faults in FAULTS.items():
+        text = (HERE / file).read_text(encoding="utf-8")
+        for before, after, effect in faults:
+            assert text.count(before) == 1 and before != after, (file, effect)
 
 
 def test_the_readmes_commands_are_understood():

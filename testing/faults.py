@@ -140,6 +140,10 @@ FAULTS = {
         ("return mean * self.config.latent_scale", "return mean", "latents keep their own size"),
     ],
     # ----------------------------------------------------------------------------------- training
+    ("training/processes.py", "step_of_training optimizer_is trains_resumes"): [
+        ('"lr": settings.lr, "fused"', '"lr": settings.lr, "betas": (0.5, 0.9), "fused"',
+         "Adam's betas"),
+    ],
     ("train.py", "step_of_training drawn_for learning_rate every_clip belong_to_the_clip "
                  "validation_says optimizer_is trains_resumes"): [
         ('noise=random["posterior"]', "noise=None", "the posterior's mean in place of a sample"),
@@ -160,7 +164,6 @@ FAULTS = {
          "the same batch again and again"),
         ("rise = (step + 1) / max(settings.warmup, 1)", "rise = 1", "no warmup"),
         ("fall = (settings.steps - step) / max(settings.cooldown, 1)", "fall = 1", "no cooldown"),
-        ("lr=settings.lr, fused", "lr=settings.lr, betas=(0.5, 0.9), fused", "Adam's betas"),
         ("clip_grad_norm_(parameters, settings.clip_grad)", "clip_grad_norm_(parameters, 1e9)",
          "gradients are not clipped"),
         ("            optimizer.zero_grad()", "            pass", "gradients of all steps add up"),
@@ -274,10 +277,7 @@ FAULTS = {
          "only edges from left to right are sharp"),
         ("c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2", "c1, c2 = 0.01 * 255, 0.03 * 255",
          "SSIM's constants"),
-        ("ours.covariance.trace() + theirs.covariance.trace() - 2 * cross",
-         "ours.covariance.trace() + theirs.covariance.trace() - cross", "the Fréchet distance"),
-        ("* (self.count * count / total)", "* (self.count / total)",
-         "the scatter between two batches"),
+        ("c2.trace() - 2 * cross", "c2.trace() - cross", "the Fréchet distance"),
     ],
     ("evaluation/evaluate.py", "lpips evaluation_gives drift evaluation_command"): [
         ("truth[:, first - 1 : first]", "truth[:, :1]",
@@ -343,6 +343,10 @@ FAULTS = {
          "true = {name: content[name][: settings.starts, 0] < CLOSED",
          "true success is that of the first frame"),
         ("np.clip(numbers, -1, 1)", "numbers", "a policy may ask for more than full speed"),
+    ],
+    ("episodes/from_video.py", "of_two_cameras"): [
+        ("side_by_side([all_frames(video, len(rows)) for video in videos])",
+         "all_frames(videos[0], len(rows))", "the second camera is left out"),
     ],
     ("evaluation/planning.py", "a_plan_is"): [
         ("noise[ends.argmin()]", "noise[ends.argmax()]", "the worst proposal is followed"),

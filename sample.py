@@ -53,6 +53,7 @@ from support.errors import CheckpointError, DataError, RequestError
 from support.options import option, program
 from support.pictures import psnr, save_gif, save_strip
 from support.schema import conform
+from temporal.captured import captured
 from temporal.streaming import Cache
 from unet import Context
 
@@ -277,9 +278,9 @@ class WorldModel:
         mask = torch.cat([past] + [newest * keep for keep in keep_action], dim=1)
         slots = [*range(start, T)] + [T] * n
         self.cache.branches = n
-        v = self.model.denoise(clip, levels.expand(len(clip), -1), window.anchor,
-                               self.context(window, 1, slots), window.actions[:, slots], mask,
-                               self.cache)
+        denoise = captured(self.model)
+        v = denoise(clip, levels.expand(len(clip), -1), window.anchor,
+                    self.context(window, 1, slots), window.actions[:, slots], mask, self.cache)
         return self.guided(v[:, T - start :].float().split(1, dim=1))
 
     def branches(self, k: int) -> list[int]:
@@ -371,7 +372,8 @@ def load_world(checkpoint: str | Path, device: str | torch.device | None = None,
     Raises CheckpointError for a file that cannot be used, RequestError for options out of range.
     """
     keep_malloc_heap()
-    return WorldModel(load_world_model(checkpoint).to(device or best_device()), **options)
+    model = load_world_model(checkpoint).to(device or best_device()).requires_grad_(False)
+    return WorldModel(model, **options)
 
 
 def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context_frames: int = 1

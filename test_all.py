@@ -56,6 +56,8 @@ from model.vid2world import (PRESETS, TINY, TUNED_SAMPLING, Model, ModelConfig, 
                              to_pixels)
 from sample import Sampling, WorldModel
 from support.errors import CheckpointError, RequestError
+from temporal import captured as captured_passes
+from temporal.captured import captured
 from temporal.norm import TemporalNorm, past_by_definition
 from temporal.streaming import Cache
 from testing.commands import folder, raises, refused, run_command
@@ -915,6 +917,25 @@ def test_streaming_imagines_the_same_frames():
             error = (streaming.latents[:, -1] - recomputing.latents[:, -1]).abs().max()
             assert error < 4e-5, (scope, guidance, worlds, context, t)
             recomputing.restore(streaming.window)
+
+
+def test_graphs_imagine_the_same_frames_bit_for_bit():
+    # at every place of the window, over slides and a return, with guidance at some of the levels
+    frames, actions = small_episode(4)
+    for scope, guidance, kinds in (("past", 2.5, 3), ("frame", 1.0, 2)):
+        world = small_world(scope, guidance=guidance, guidance_levels=(0, 600))
+        assert captured(world.model) == world.model.denoise  # whose weights still learn
+        graphs = captured(world.model.requires_grad_(False)).graphs
+        def roll(enough: float, world: WorldModel = world) -> list[np.ndarray]:
+            with mock.patch.object(captured_passes, "ENOUGH", enough):
+                world.reset(frames[:1])
+                imagined = [world.step(actions[t % 4]) for t in range(6)]
+                kept = world.window
+                imagined += [world.step(actions[t % 4]) for t in range(3)]
+                world.restore(kept)
+                return imagined + [world.step(actions[0])]
+        plain = roll(np.inf)
+        assert not graphs and np.array_equal(roll(1), plain) and len(graphs) == kinds
 
 
 @torch.inference_mode()

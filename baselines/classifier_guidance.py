@@ -75,15 +75,11 @@ class ClassifiedModel(Model):
         self.unet = UNet(replace(config.unet, action_dim=None))
         self.unet.classifier = Classifier(self.unet, config.unet.action_dim)
 
-    def log_probabilities(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict) -> Tensor:
-        """[B, T - 1, A, BINS] of the action that led to each frame but the first."""
-        beside_anchor = torch.cat([x, anchor.expand_as(x)], dim=2)
-        return self.unet.classifier(self.unet, beside_anchor, k, context)
-
     def log_likelihood(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, actions: Tensor
                        ) -> Tensor:
         """[B, T - 1, A] of the actions [B, T, A] taken at the frames."""
-        log_p = self.log_probabilities(x, k, anchor, context)
+        beside_anchor = torch.cat([x, anchor.expand_as(x)], dim=2)
+        log_p = self.unet.classifier(self.unet, beside_anchor, k, context)  # [B, T - 1, A, BINS]
         return log_p.gather(-1, bins_of(actions)[..., None])[..., 0]
 
     def denoise(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, *others) -> Tensor:

@@ -7,32 +7,27 @@ RT-1's format.
     python -m bundled.record_drawer --world contact --split train --frames 40 --out recorded/contact
     python -m bundled.record_drawer --world others --split train --out recorded/others
 
-`drawer` is for the world model, `contact` for one that is to tell a push from a near miss: every
-other episode is of an expert astray. `others` is for pretraining a passive video model: all other
-tasks, without actions (zeros are written in their place), each half of the episodes from another
-place of the camera, in other light, with objects in other colours.
+`drawer` is for the world model; in `contact` every other episode is of an expert astray. `others`
+is for pretraining a passive video model: all other tasks, without actions (zeros stand for them),
+half of the episodes each with another camera, in other light, in other colours.
 
-One frame spans six steps of the simulator with the action held, so that one sees it move. A world
-model learns what actions do only if they are not habits: a scripted expert always reaches for the
-drawer, and a network that knows this need not look at the action. So a quarter of the episodes each
-come from
+One frame spans six steps of the simulator. A world model learns what actions do only if they are
+not habits: a scripted expert always reaches for the drawer, and a network that knows this need not
+look at the action. So a quarter of the episodes each come from
 
     expert   the scripted policy with strong smooth noise
     random   smooth noise alone
     pause    motion and stillness in turn
     sweep    one direction at a time, at full speed
-    astray   (`contact` alone) the scripted policy, told of a drawer that is somewhere else: it
-             pushes beside the handle, over it, or hits it by chance
+    astray   (`contact` alone) the scripted policy, told of a drawer that is somewhere else
 
 and in all but the experts' the gripper opens and closes at random.
 
 And it learns only what it can see. Meta-World's actions move a point that pulls the hand, and where
-the hand cannot follow, at the drawer or at the end of the arm's reach, that point runs away from
-it: many an action then seems to do nothing, for a reason that no frame shows. So here the point
-stays within three centimetres of the hand, and an episode begins at rest.
+the hand cannot follow, that point runs away from it: many an action then seems to do nothing, for a
+reason that no frame shows. So here the point stays within three centimetres of the hand.
 
-The episodes of a file are a function of the seed, the split and the file's number; files that exist
-already are left as they are.
+A file's episodes depend on the seed, the split and its number; files that exist are left alone.
 """
 import multiprocessing
 import os
@@ -268,9 +263,7 @@ def to_jpeg(frame: np.ndarray, quality: int) -> bytes:
     return file.getvalue()
 
 
-@cache
-def simulator_of(task: str) -> Simulator:
-    return Simulator(task)
+simulator_of = cache(Simulator)
 
 
 @dataclass

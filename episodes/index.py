@@ -77,18 +77,14 @@ def stamp(path: Path) -> tuple[int, int]:
 
 def newest_version(shards: list[Path]) -> list[Path]:
     """Without the shards of older versions of the same data set."""
-    versions: dict[str, set[str]] = {}  # data set -> names of its version folders
-    for path in shards:
-        if VERSION.fullmatch(path.parent.name):
-            versions.setdefault(path.parent.parent.name, set()).add(path.parent.name)
-    newest = {name: max(found, key=lambda version: [int(n) for n in version.split(".")])
-              for name, found in versions.items()}
-    for name, found in versions.items():
+    folders = [path.parent for path in shards if VERSION.fullmatch(path.parent.name)]
+    folders.sort(key=lambda folder: [int(n) for n in folder.name.split(".")])
+    newest = {folder.parent.name: folder.name for folder in folders}  # of a data set, the last
+    for name, version in newest.items():
+        found = sorted({folder.name for folder in folders if folder.parent.name == name})
         if len(found) > 1:
-            say(f"{name}: of the versions {', '.join(sorted(found))} the newest is read, "
-                f"{newest[name]}")
-    return [path for path in shards
-            if not VERSION.fullmatch(path.parent.name)
+            say(f"{name}: of the versions {', '.join(found)} the newest is read, {version}")
+    return [path for path in shards if not VERSION.fullmatch(path.parent.name)
             or path.parent.name == newest[path.parent.parent.name]]
 
 

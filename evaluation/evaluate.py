@@ -29,8 +29,8 @@ from baselines.clips import sample_jointly
 from data import DATA_SETS, DataSet, Episodes, bundled_world, fit_frames, open_episodes
 from episodes.frames import cut_bars, for_metrics
 from evaluation.intervals import deviation
-from evaluation.metrics import (ENOUGH, FeatureNetwork, colour_shift, frechet_distance, i3d,
-                                inception, lpips, sharpness, ssim)
+from evaluation.metrics import (ENOUGH, FeatureNetwork, colour_shift, frechet_distance, sharpness,
+                                ssim)
 from model.vid2world import ModelConfig
 from sample import WorldModel, compare_actions, load_world
 from support.errors import DataError, RequestError
@@ -217,20 +217,9 @@ def complete(settings: Settings) -> None:
                            "--frames")
 
 
-def numbers_in_sample(episodes: Episodes, settings: Settings) -> list[int | None]:
-    """The --episode of sample.py that is each of these; None for one that it does not hold out.
-    It counts short episodes as well, and so may hold out others."""
-    known = open_episodes(settings.data, settings.root, "val")
-    number = {episode.name: i for i, episode in enumerate(known)}
-    return [number.get(episode.name) for episode in episodes]
-
-
-def report(scores: Scores, settings: Settings, world: WorldModel, numbers: Sequence[int | None]
-           ) -> None:
-    """The results as JSON, as a Markdown table, and as curves over frames.
-
-    numbers  of each episode, from `numbers_in_sample`
-    """
+def report(scores: Scores, settings: Settings, world: WorldModel, names: Sequence[str]) -> None:
+    """The results as JSON, as a Markdown table, and as curves over frames; names of the
+    episodes."""
     out = Path(settings.out)
     by_frame = {name: rows.mean(axis=0) for name, rows in scores.items() if "," not in name}
     result = {name: float(row.mean()) for name, row in by_frame.items()}
@@ -277,11 +266,8 @@ def report(scores: Scores, settings: Settings, world: WorldModel, numbers: Seque
         lines.append(f"| {first + t} | {' | '.join(f'{row[t]:.3f}' for row in by_frame.values())} "
                      "|")
     worst = scores["psnr"].mean(axis=1).argsort()[:3]
-    lines += ["", "worst predicted: episodes " + ", ".join(
-        f"{i} ({scores['psnr'][i].mean():.1f} dB)" for i in worst)]
-    if (first_worst := numbers[worst[0]]) is not None:
-        lines[-1] += (f"; sample.py --episode {first_worst}, told the same world and data, rolls "
-                      "the first out anew, in other noise")
+    lines += ["", "worst predicted: " + ", ".join(
+        f"episode {names[i]} ({scores['psnr'][i].mean():.1f} dB)" for i in worst)]
     print("\n" + "\n".join(lines))
     (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (out / "result.json").write_text(json.dumps(
@@ -300,9 +286,9 @@ def report(scores: Scores, settings: Settings, world: WorldModel, numbers: Seque
 
 def run(settings: Settings) -> None:
     rank, processes, device = join_processes()
-    loaders = {"lpips": (lpips, settings.lpips), "fid": (inception, settings.inception),
-               "fvd": (i3d, settings.i3d)}
-    networks = {name: load(path, device) for name, (load, path) in loaders.items() if path}
+    paths = {"lpips": settings.lpips, "fid": settings.inception, "fvd": settings.i3d}
+    networks = {metric: FeatureNetwork(path, metric, device)
+                for metric, path in paths.items() if path}
     levels = settings.guidance_levels and tuple(settings.guidance_levels)
     world = settings.load_world(device, guidance=settings.guidance, guidance_levels=levels)
     episodes = open_held_out(settings, world)
@@ -315,7 +301,7 @@ def run(settings: Settings) -> None:
     wait_for_all()  # until everybody has read what is about to go
     leave_processes()
     if rank == 0:
-        report(scores, settings, world, numbers_in_sample(episodes, settings))
+        report(scores, settings, world, [episode.name for episode in episodes])
         shutil.rmtree(partial)
 
 

@@ -109,10 +109,17 @@ def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
 # Networks of others
 
 
-class FeatureNetwork:
-    """A TorchScript network, and how it wants to be asked."""
+NETWORKS = {  # metric -> whose features it is of, and how that network wants to be asked
+    "lpips": ("LPIPS", {"resize_images": False, "return_lpips": True}),
+    "fid": ("Inception", {"return_features": True}),
+    "fvd": ("I3D", {"rescale": True, "resize": True, "return_features": True})}
 
-    def __init__(self, path: str | Path, name: str, device: torch.device, **options: bool):
+
+class FeatureNetwork:
+    """The TorchScript network of a metric. The squared distance of LPIPS' features is LPIPS."""
+
+    def __init__(self, path: str | Path, metric: str, device: torch.device):
+        name, options = NETWORKS[metric]
         if not Path(path).is_file():
             raise MetricError(f"there is no network for {name} at {path}")
         try:
@@ -139,18 +146,3 @@ class FeatureNetwork:
             raise MetricError(f"{self.path} gives {shape} for {len(pictures)} inputs; expected "
                               f"[{len(pictures)}, features] of {self.name}")
         return features.float()
-
-
-def inception(path: str | Path, device: torch.device) -> FeatureNetwork:
-    """For FID: frames -> [N, 2048]."""
-    return FeatureNetwork(path, "Inception", device, return_features=True)
-
-
-def i3d(path: str | Path, device: torch.device) -> FeatureNetwork:
-    """For FVD: videos -> [N, 400]. It resizes and rescales by itself."""
-    return FeatureNetwork(path, "I3D", device, rescale=True, resize=True, return_features=True)
-
-
-def lpips(path: str | Path, device: torch.device) -> FeatureNetwork:
-    """Frames -> features whose squared distance is LPIPS."""
-    return FeatureNetwork(path, "LPIPS", device, resize_images=False, return_lpips=True)

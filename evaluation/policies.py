@@ -80,11 +80,10 @@ def verifier_network() -> FrameReader:
     return FrameReader(1)
 
 
+@dataclass
 class SuccessClassifier:
     """Says of frames whether the drawer is closed."""
-
-    def __init__(self, network: FrameReader):
-        self.network = network
+    network: FrameReader
 
     def opening(self, frames: np.ndarray) -> np.ndarray:
         """uint8 [..., 64, 80, 3] -> metres [...]."""
@@ -105,9 +104,6 @@ def policy_action(numbers: np.ndarray) -> np.ndarray:
 
 def load_policies(path: Path = POLICIES) -> tuple[dict[str, FrameReader], SuccessClassifier]:
     """The policies by name, and the success classifier. Raises CheckpointError."""
-    if not path.exists():
-        raise CheckpointError(f"{path} is not there: python -m bundled.train_policies makes it, "
-                              "and python -m bundled.judge_in_simulator the truth beside it")
     content = read_checkpoint(path)
     with reading(path, CheckpointError):
         policies = {name: load_weights(policy_network(), weights, str(path)).eval()

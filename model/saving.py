@@ -249,9 +249,6 @@ def load_model(path: str | Path, content: dict | None = None, kind: type[Model] 
         weights = base | beside.get("weights", {}) | weights
     with reading(f"{path} is not a checkpoint of this project: it", CheckpointError):
         model = build_unfilled(kind, saved.config, weights)
-        if "fps" not in content.get("data", ()):  # the first format had neither
-            weights.setdefault("text", torch.zeros(1, saved.config.unet.context_dim))
-            weights.setdefault("action_statistics", plain_statistics(model.action_dim))
         model.schedule = NoiseSchedule(saved.config.base_scale)
     model.sampling, model.trained_on = saved.sampling, asdict(saved.data)
     load_weights(model, weights, source=str(path))

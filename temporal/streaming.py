@@ -63,9 +63,6 @@ class Cache:
         self.appended = frames - self.branches
         self.pending, self.mask = {}, None
 
-    def get(self, layer: nn.Module) -> tuple[Tensor, ...] | None:
-        return self.cached.get(layer)
-
     def put(self, layer: nn.Module, *tensors: Tensor) -> None:
         """Cache tensors for a layer, once the whole pass has succeeded."""
         self.pending[layer] = tensors
@@ -109,7 +106,7 @@ def stream_conv(conv: nn.Conv3d, x: Tensor, cache: Cache) -> Tensor:
     B, C, _, H, W = x.shape
     n = conv.kernel_size[0]
     appended, branches = x.split([cache.appended, cache.branches], dim=2)
-    past, from_past = cache.get(conv) or (x.new_zeros(B, C, n - 1, H, W), None)
+    past, from_past = cache.cached.get(conv) or (x.new_zeros(B, C, n - 1, H, W), None)
     outputs = []
     if cache.appended:
         # one frame of zeros more: its output is what the past contributes to the next frame
@@ -144,13 +141,14 @@ def stream_attention(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, cache: C
     """
     N, heads, T, d = k.shape
     slots = cache.capacity + 1  # one branch more
-    keys, values = cache.get(layer) or (k.new_empty(N, heads, slots, d),
-                                        v.new_empty(N, heads, slots, d))
-    start, end = cache.frames, cache.frames + T
-    keys[:, :, start:end] = k
-    values[:, :, start:end] = v
-    cache.put(layer, keys, values)
-    return attend(q, keys[:, :, :end], values[:, :, :end], cache.visible(q.device))
+    empty = k.new_empty(2, N, heads, slots, d)
+    buffers = cache.cached.get(layer) or tuple(empty)
+    cache.put(layer, *buffers)
+    visible = cache.visible(q.device)  # [T, past + T]
+    keys, values = (buffer[:, :, : visible.shape[1]] for buffer in buffers)
+    keys[:, :, -T:] = k
+    values[:, :, -T:] = v
+    return attend(q, keys, values, visible)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -170,9 +168,9 @@ def stream_statistics(norm: nn.Module, mean: Tensor, var: Tensor, cache: Cache
                       ) -> tuple[Tensor, Tensor]:
     """Mean and variance [B, groups, T] of each new frame -> those of each cached and new one,
     [B, groups, past + T]."""
-    if past := cache.get(norm):
+    if past := cache.cached.get(norm):
         mean = torch.cat([past[0], mean], dim=-1)
         var = torch.cat([past[1], var], dim=-1)
-    frames = cache.frames + cache.appended
+    frames = mean.shape[-1] - cache.branches
     cache.put(norm, mean[..., :frames], var[..., :frames])
     return mean, var

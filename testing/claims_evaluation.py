@@ -155,27 +155,11 @@ def test_evaluation_gives_an_interval_and_what_other_actions_cost():
     said, settings = io.StringIO(), evaluate.Settings(context_frames=1, out=str(folder()))
     world = SimpleNamespace(sampling=sample.Sampling())
     with contextlib.redirect_stdout(said):
-        evaluate.report(scores, settings, world, [7, 7, 7])
-        evaluate.report(scores, settings, world, [None] * 3)
+        evaluate.report(scores, settings, world, names := [each.name for each in episodes])
     line = f"{own.mean():.3f} ± {1.96 * own.std(ddof=1) / 3**0.5:.3f}"
     assert f"| PSNR | {line} |" in said.getvalue(), said.getvalue()
-    assert f"worst predicted: episodes {own.argmin()} ({own.min():.1f} dB), " in said.getvalue()
-    assert said.getvalue().count("; sample.py --episode 7, ") == 1
-
-
-def test_a_measured_episode_has_the_number_that_sample_gives_it():
-    root = folder()
-    for i in range(64):  # half of them too short to be measured, some of which sample.py holds out
-        frames = 20 if i % 2 else 6
-        np.savez(root / f"{i:02d}.npz", image=np.zeros((frames, 64, 80, 3), np.uint8),
-                 action=np.zeros((frames, 2), np.float32))
-    settings = evaluate.Settings(data="folder", root=str(root))
-    measured, known = (open_episodes("folder", root, "val", length) for length in (16, 1))
-    numbers = evaluate.numbers_in_sample(measured, settings)
-    assert None in numbers and any(number not in (None, i) for i, number in enumerate(numbers))
-    for episode, number in zip(measured, numbers, strict=True):
-        names = [each.name for each in known]
-        assert episode.name == names[number] if number is not None else episode.name not in names
+    assert f"worst predicted: episode {names[own.argmin()]} ({own.min():.1f} dB), " in (
+        said.getvalue())
 
 
 def test_a_mean_stands_with_its_bootstrap_interval_and_a_rate_with_wilsons():

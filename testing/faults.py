@@ -47,6 +47,15 @@ FAULTS = {
         ("mean = torch.cat([past[0], mean], dim=-1)", "mean = torch.cat([mean, past[0]], dim=-1)",
          "means and variances are of different frames"),
     ],
+    ("temporal/captured.py", "graphs_imagine"): [
+        ("inside.visible = lambda device: visible",
+         "inside.visible = lambda device, same=torch.tensor(visible.tolist()): same",
+         "a graph holds for one length of the history"),
+        ("cache.pending = unflatten(cached, cache.cached)", "cache.pending = {}",
+         "what a graph would cache is lost"),
+        ("kind = x.shape, cache.branches", "kind = cache.branches",
+         "a graph of two frames is taken for one of one frame"),
+    ],
     ("unet.py", "unet_agrees authors dropped_action loads_with"): [
         ("(action if action_mask is None else action * action_mask[..., None])", "action",
          "no action is ever hidden"),

@@ -17,7 +17,7 @@ Paper: appendix C.1.
 """
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -313,19 +313,14 @@ def action_statistics(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
 
     A damaged episode counts for nothing. Raises DataError if all are.
     """
-    count, mean, scatter = 0, 0.0, 0.0
+    taken = []
     for episode in tqdm(episodes, "reading actions", disable=len(episodes) < 1000, leave=False):
-        try:
-            actions = episode.actions.astype(np.float64)
-        except DataError:
-            continue
-        n, m = len(actions), actions.mean(axis=0)
-        delta, count = m - mean, count + n
-        mean = mean + delta * n / count
-        scatter = scatter + ((actions - m) ** 2).sum(axis=0) + delta**2 * n * (count - n) / count
-    if not count:
+        with suppress(DataError):
+            taken.append(episode.actions)
+    if not taken:
         raise DataError("the actions of no episode can be read")
-    return mean, np.sqrt(scatter / count)
+    actions = np.concatenate(taken, dtype=np.float64)
+    return actions.mean(axis=0), actions.std(axis=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,8 +382,7 @@ def require_clips(batch: dict) -> dict:
 
 
 def random_frames(episodes: Episodes, size: tuple[int, int], seed: int, batches: int,
-                  workers: int = 0
-                  ) -> Iterator[torch.Tensor]:
+                  workers: int = 0) -> Iterator[torch.Tensor]:
     """Batches of single frames, uint8 [16, H, W, 3]. Raises DataError if nothing can be read."""
     order = [list(range(16 * i, 16 * i + 16)) for i in range(batches)]
     loader = torch.utils.data.DataLoader(Clips(episodes, 1, size, seed), batch_sampler=order,

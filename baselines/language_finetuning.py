@@ -5,13 +5,10 @@
         (at full size captions need CLIP's tokenizer: pip install open_clip_torch)
 
 DynamiCrafter reads a caption at every frame. So nothing is added: "Robot arm performs the task:
-open the drawer." takes the place of the empty caption, and all of the U-Net is trained. RT-1 has
-instructions in words; the bundled drawer's episodes have none, so their captions say what the
-recorded motion was: "right, up, closes". At full size CLIP's text tower reads them; the small model
-learns a table of words.
-
-To `train.py`'s loop a caption is an action like any other: a row of token numbers, the same at
-every frame.
+open the drawer." takes the place of the empty caption, and all of the U-Net is trained. The bundled
+drawer's episodes have no instructions, so their captions say what the recorded motion was: "right,
+up, closes". At full size CLIP's text tower reads them; the small model learns a table of words. To
+`train.py`'s loop a caption is an action like any other: token numbers, the same at every frame.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -79,10 +79,6 @@ def meta_world() -> tuple:
     return mujoco, ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
 
 
-def tasks_of(world: str) -> tuple[str, ...]:
-    return WORLDS[world] or tuple(sorted(set(meta_world()[1]) - set(WORLDS["drawer"])))
-
-
 class Simulator:
     """One task of Meta-World, seen by our camera."""
 
@@ -280,8 +276,9 @@ class Settings:
 
 
 def record_episodes(args: Settings, numbers: range) -> list[bytes]:
-    tasks, others = tasks_of(args.world), args.world == "others"
+    tasks = WORLDS[args.world] or sorted(set(meta_world()[1]) - set(WORLDS["drawer"]))
     behaviours = CONTACT if args.world == "contact" else BEHAVIOURS
+    others = args.world == "others"
     world, examples = zlib.crc32(f"{args.world} {args.split}".encode()), []
     for i in numbers:
         episode = record(simulator_of(tasks[i // len(BEHAVIOURS) % len(tasks)]),

@@ -4,12 +4,10 @@
     python -m bundled.train_policies
 
 One run of behaviour cloning: a small network sees a frame and says what the scripted expert would
-do there. The expert is pushed off its way by noise while it is recorded, so that there are frames
-to learn from of how to come back. Checkpoints of the run are policies of very different skill. Most
-are from its beginning: after a twentieth of it the drawer is closed six times out of seven.
-
-A second network reads off a frame how far the drawer is open: the success
-classifier of evaluation/policies.py. It is trained on the same frames and on random motions.
+do there. Noise pushes the expert off its way, so that there are frames to learn from of how to come
+back. Most checkpoints are from the beginning of the run: after a twentieth of it the drawer is
+closed six times out of seven. A second network, the success classifier of evaluation/policies.py,
+reads off the same frames, and those of random motions, how far the drawer is open.
 """
 from dataclasses import dataclass
 from pathlib import Path

@@ -168,7 +168,8 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
         return records
     named = np.array([bool(re.search(r"-(val|valid|validation|test)\b", episode_name(path, 0)))
                       for path in paths])
-    begins = read_protocol(protocol)
+    lines = protocol.read_text(encoding="utf-8").splitlines() if protocol else []
+    begins = {name: int(first[0]) if first else 0 for name, *first in map(str.split, lines)}
     begin = np.array([begins.get(path.name, begins.get(path.stem, -1)) for path in paths])
     if named.any():
         validation = named[records[:, 0]]
@@ -188,9 +189,3 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
         chosen = chosen + first[:, None] * np.array([0, 0, 1, 0, 0])
         chosen[:, 4] = np.where(chosen[:, 4] < 0, -1, (chosen[:, 4] - first).clip(0))
     return chosen
-
-
-def read_protocol(path: Path | None) -> dict[str, int]:
-    """Held-out file -> the frame at which its episode begins."""
-    rows = (line.split() for line in path.read_text(encoding="utf-8").splitlines()) if path else ()
-    return {name: int(first[0]) if first else 0 for name, *first in rows}

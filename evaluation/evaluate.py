@@ -10,9 +10,8 @@ is compared with what happened (evaluation/metrics.py). Beside it stand the PSNR
 last given frame, and of what is imagined under the actions of other episodes: a world that does not
 follow its actions loses nothing by them (the paper's D.9, Table 4).
 
-The scores of every batch are kept in a file, so that an interrupted run resumes. Batch b is always
-made of the same episodes and always draws the same noise, whichever process it falls to: any number
-of processes gives the same figures. Paper: section 5.1, metrics in C.2.
+The scores of every batch are kept, so that an interrupted run resumes. A batch draws the same noise
+whichever process it falls to. Paper: section 5.1, metrics in C.2.
 """
 import json
 import shutil

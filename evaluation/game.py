@@ -13,10 +13,9 @@ game knew, and then reads them off imagined ones:
 
 for the world model, for DIAMOND where a checkpoint is named, and for a frame that stands still.
 """
-import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -236,10 +235,7 @@ def run(settings: Settings) -> None:
         lines += ["", f"{title}:", "", *table(rows)] if rows else []
     print("\n" + "\n".join(lines))
     (out / "result.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "result.json").write_text(json.dumps({
-        "settings": asdict(settings), "short": short, "long": long, "repeated": repeated},
-        indent=1, default=float), encoding="utf-8")
-    print(f"\nwritten: {out}/result.md, result.json and strips")
+    print(f"\nwritten: {out}/result.md and strips")
 
 
 main = program(__name__, "game", run, Settings, "Measure whether an imagined game follows actions.")

@@ -7,8 +7,7 @@
     FVD           do imagined videos move like real ones? The same with the features of I3D, a
                   network for videos
 
-The last three need a network that others trained, as TorchScript, in the form that the community
-measures with:
+The last three need a network that others trained, as TorchScript, as the community measures:
 
     --inception  inception-2015-12-05.pt   (1)
     --lpips      vgg16.pt                  (1)
@@ -16,8 +15,7 @@ measures with:
 
     (1) nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/
 
-They run in evaluation mode, always: a batch norm in training mode makes a sample's features depend
-on its neighbours.
+They run in evaluation mode: batch norms that train make a sample's features depend on others.
 """
 from pathlib import Path
 

@@ -163,11 +163,9 @@ def attempt(planner: Planner, method: str, start: Start, seed: int) -> dict[str,
         noise = planner.decide(method, start, random)
         seconds.append(time.monotonic() - began)
         followed = noise[: planner.settings.execute]
-        last = len(start.actions) + len(followed) == HORIZON
-        if last or method == "world":
-            future, end = planner.imagine(planner.world, start, noise[None])
-            imagined += list(future[0, : len(followed)])
-        if last:
+        future, end = planner.imagine(planner.world, start, noise[None])
+        imagined += list(future[0, : len(followed)])
+        if len(start.actions) + len(followed) == HORIZON:
             _, others = planner.imagine(planner.doubtful, start, np.repeat(noise[None], SEEDS, 0))
         start.follow(followed)
     result = {"begun": begun, "real": start.opening(), "imagined": float(end[0]),

@@ -4,10 +4,9 @@
     python -m evaluation.policies --guidance 1 2 3
     python -m evaluation.policies --replay        does the drawer move when pushed, and only then?
 
-Policies are tried out in the model: from a real first frame, the policy sees a frame and acts, the
-model predicts the next, and so on for 40 frames; then a success classifier says whether the drawer
-is closed. What counts is whether the model orders the policies as reality does, here a simulator
-whose outcomes are recorded (bundled/judge_in_simulator.py):
+From a real first frame, a policy sees a frame and acts, the model predicts the next, and so on for
+40 frames; then a success classifier says whether the drawer is closed. What counts is whether the
+model orders the policies as reality does, here a simulator (bundled/judge_in_simulator.py):
 
     Pearson r   of success in the model and in the simulator, over the policies
     MMRV        mean maximum rank violation: for each policy the largest true difference from one

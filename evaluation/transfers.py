@@ -2,9 +2,9 @@
 
 Making a pretrained network causal takes knowledge away from it: how much, before any training (and
 after: `--trained runs/ablations/*_0`)? The same held-out clips, noised at one shared level, go
-through the passive base and through its causal versions. Two figures say how far a network was
-thrown from what it had learned: the distance of its velocities from the base's, relative to their
-size, and the cosine of the two outputs of the first temporal convolution (the paper's D.11).
+through the passive base and its causal versions. Two figures say how far a network was thrown: the
+distance of its velocities from the base's, relative to their size, and the cosine of the two
+outputs of the first temporal convolution (the paper's D.11).
 
 The theory (A.1 to A.3) is about features that are linear in time: there extrapolative transfer is
 exact, and shift is off by the slope times Σw (`python causal_conv.py`). How linear are those of

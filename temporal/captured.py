@@ -11,8 +11,7 @@ mask (`Cache.visible`). Not in the paper.
 """
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from temporal.streaming import Cache
 
 ENOUGH = 30  # passes of a kind
-Tensors = dict[nn.Module, tuple[Tensor, ...]]  # of every layer
 
 
 def captured(model: nn.Module) -> Callable:
@@ -40,43 +38,35 @@ class Captured:
     def __init__(self, denoise: Callable):
         self.denoise, self.graphs, self.seen = denoise, {}, Counter()
 
-    def __call__(self, x: Tensor, k: Tensor, anchor: Tensor, context: Tensors, actions: Tensor,
+    def __call__(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, actions: Tensor,
                  action_mask: Tensor, cache: Cache) -> Tensor:
         kind = x.shape, cache.branches
         self.seen[kind] += 1
         if not cache.frames or self.seen[kind] <= ENOUGH:
             return self.denoise(x, k, anchor, context, actions, action_mask, cache)
         cache.begin(x.shape[1])
-        inputs = [x, k, anchor, actions, action_mask, cache.visible(x.device),
-                  *flatten(context), *flatten(cache.cached)]
+        inputs = (x, k, anchor, tuple(context.values()), actions, action_mask,
+                  tuple(cache.cached.values()), cache.visible(x.device))
         if kind not in self.graphs:
-            self.graphs[kind] = self.trace(inputs, context, cache)
+            self.graphs[kind] = self.trace(inputs, list(context), list(cache.cached), cache)
         with torch.jit.optimized_execution(False):  # the other way takes seconds and gains nothing
-            v, *cached = self.graphs[kind](*inputs)
-        cache.pending = unflatten(cached, cache.cached)
+            v, cached = self.graphs[kind](*inputs)
+        cache.pending = dict(zip(cache.cached, cached, strict=True))
         cache.commit()
         return v
 
-    def trace(self, inputs: list[Tensor], context: Tensors, cache: Cache) -> Callable:
-        """The graph of this kind of pass: tensors in, the velocity and all that is cached out."""
-        held, branches = context | cache.cached, cache.branches
+    def trace(self, inputs: tuple, readers: list, writers: list, cache: Cache) -> Callable:
+        """The graph of a kind of pass: the velocity, and what the layers that write have cached."""
+        capacity, branches = cache.capacity, cache.branches
 
-        def run(x, k, anchor, actions, action_mask, visible, *tensors: Tensor) -> tuple:
-            inside = Cache(cache.capacity)
-            inside.frames, inside.branches, inside.cached = 1, branches, unflatten(tensors, held)
-            inside.visible = lambda device: visible
-            v = self.denoise(x, k, anchor, inside.cached, actions, action_mask, inside)
-            return v, *flatten({layer: inside.cached[layer] for layer in cache.cached})
+        def run(x, k, anchor, context, actions, action_mask, cached, visible) -> tuple:
+            inside = Cache(capacity)
+            inside.frames, inside.branches, inside.visible = 1, branches, lambda device: visible
+            inside.cached = dict(zip(writers, cached, strict=True))
+            v = self.denoise(x, k, anchor, dict(zip(readers, context, strict=True)), actions,
+                             action_mask, inside)
+            return v, tuple(inside.cached.values())
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Python's decisions, which hold for the kind
             return torch.jit.trace(run, inputs, check_trace=False)
-
-
-def flatten(held: Tensors) -> list[Tensor]:
-    return [tensor for tensors in held.values() for tensor in tensors]
-
-
-def unflatten(tensors: Iterable[Tensor], like: Tensors) -> Tensors:
-    tensors = iter(tensors)
-    return {layer: tuple(islice(tensors, len(each))) for layer, each in like.items()}

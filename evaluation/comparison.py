@@ -2,7 +2,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,7 @@ class TrainingSettings(StartSettings):
     steps: int = option(training.LAPTOP["steps"], "of training")
     cooldown: int = option(training.LAPTOP["cooldown"], "as in train.py", least=0)
     batch: int = option(training.LAPTOP["batch"], "clips per step")
+    decoder_steps: int = option(training.LAPTOP_WORLD["decoder_steps"], "as in train.py", least=0)
     frames: int = option(16, "frames per clip in training", least=2)
     val_clips: int = option(16, "held-out clips in a validation loss")
     episodes: int = option(32, "held-out episodes to imagine")
@@ -55,13 +56,12 @@ def post_train(run: Path, changes: dict, seed: int, settings: TrainingSettings,
     """Train as `python train.py --data rt1` does, but for these changes, or the rest of it;
     held-out loss by step. Raises DataError if the run was begun with other settings."""
     every = max(1, settings.steps // 5)
-    chosen = replace(
-        training.Settings(**training.LAPTOP_WORLD), data=settings.data, root=settings.root,
-        base=settings.base, out=str(run), resume=(run / "checkpoint.pt").exists(), overwrite=True,
-        steps=settings.steps, batch=settings.batch, frames=settings.frames,
-        warmup=min(50, settings.steps // 4), cooldown=settings.cooldown, val_every=every,
-        val_clips=settings.val_clips, save_every=every, sample_every=10**9, seed=seed, workers=0)
-    chosen = replace(chosen, **changes)
+    named = {each.name: getattr(settings, each.name) for each in fields(TrainingSettings)
+             if each.name not in ("seeds", "episodes")}
+    chosen = training.Settings(**training.LAPTOP_WORLD | named | {
+        "out": str(run), "overwrite": True, "resume": (run / "checkpoint.pt").exists(),
+        "warmup": min(50, settings.steps // 4), "val_every": every, "save_every": every,
+        "sample_every": 10**9, "seed": seed, "workers": 0} | changes)
     chosen.preset = preset_of(chosen.base)
     training.complete(chosen)
     if chosen.resume:

@@ -264,6 +264,7 @@ def test_captions_at_full_size_are_clips_tokens():
 def test_the_ways_to_steer_are_compared():
     words = ["--seeds", 1, "--steps", 10, "--cooldown", 5, "--episodes", 2, "--batch", 1,
              "--val-clips", 1, "--denoising-steps", 2, "--out", out := folder() / "table",
+             "--decoder-steps", 0,
              "--frames", 4, "--rows", "base",
              "classifier guidance", "language-conditioned", "Vid2World-NAR"]
     before, train_reader = dict(baselines.RECIPES), comparison.train_reader

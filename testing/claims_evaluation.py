@@ -440,7 +440,8 @@ def test_transfers_and_ablations_are_compared():
     out = folder()
     words = ["--variants", "baseline", "lr=1e-4 batch=1", "from scratch", "--seeds", 1,
              "--steps", 1, "--cooldown", 1, "--batch", 1, "--frames", 4,
-             "--val-clips", 1, "--episodes", 1, "--denoising-steps", 1, "--out", out]
+             "--val-clips", 1, "--episodes", 1, "--denoising-steps", 1, "--out", out,
+             "--decoder-steps", 0]
     code, printed = run_command(ablations.main, *words)
     assert code == 0 and "| baseline |" in printed and "| from scratch |" in printed, printed
     again = run_command(ablations.main, *words)[1]  # what is done is not done again

@@ -141,8 +141,7 @@ def stream_attention(layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, cache: C
     """
     N, heads, T, d = k.shape
     slots = cache.capacity + 1  # one branch more
-    empty = k.new_empty(2, N, heads, slots, d)
-    buffers = cache.cached.get(layer) or tuple(empty)
+    buffers = cache.cached.get(layer) or [k.new_empty(N, heads, slots, d) for _ in range(2)]
     cache.put(layer, *buffers)
     visible = cache.visible(q.device)  # [T, past + T]
     keys, values = (buffer[:, :, : visible.shape[1]] for buffer in buffers)

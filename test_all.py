@@ -56,7 +56,6 @@ from model.vid2world import (PRESETS, TINY, TUNED_SAMPLING, Model, ModelConfig, 
                              to_pixels)
 from sample import Sampling, WorldModel
 from support.errors import CheckpointError, RequestError
-from temporal import captured as captured_passes
 from temporal.captured import captured
 from temporal.norm import TemporalNorm, past_by_definition
 from temporal.streaming import Cache
@@ -927,7 +926,7 @@ def test_graphs_imagine_the_same_frames_bit_for_bit():
         assert captured(world.model) == world.model.denoise  # whose weights still learn
         graphs = captured(world.model.requires_grad_(False)).graphs
         def roll(enough: float, world: WorldModel = world) -> list[np.ndarray]:
-            with mock.patch.object(captured_passes, "ENOUGH", enough):
+            with mock.patch("temporal.captured.ENOUGH", enough):
                 world.reset(frames[:1])
                 imagined = [world.step(actions[t % 4]) for t in range(6)]
                 kept = world.window

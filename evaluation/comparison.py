@@ -57,7 +57,7 @@ def post_train(run: Path, changes: dict, seed: int, settings: TrainingSettings,
     held-out loss by step. Raises DataError if the run was begun with other settings."""
     every = max(1, settings.steps // 5)
     named = {each.name: getattr(settings, each.name) for each in fields(TrainingSettings)
-             if each.name not in ("seeds", "episodes")}
+             if each.name not in ("seeds", "episodes")}  # which train.py does not know
     chosen = training.Settings(**training.LAPTOP_WORLD | named | {
         "out": str(run), "overwrite": True, "resume": (run / "checkpoint.pt").exists(),
         "warmup": min(50, settings.steps // 4), "val_every": every, "save_every": every,

@@ -40,6 +40,7 @@ class Captured:
 
     def __call__(self, x: Tensor, k: Tensor, anchor: Tensor, context: dict, actions: Tensor,
                  action_mask: Tensor, cache: Cache) -> Tensor:
+        """As `Model.denoise`."""
         kind = x.shape, cache.branches
         self.seen[kind] += 1
         if not cache.frames or self.seen[kind] <= ENOUGH:

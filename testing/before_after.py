@@ -40,15 +40,13 @@ LEARN = """
 import json, sys, time, torch
 from data import SAMPLES, Clips, collate, open_episodes
 from model.memory import keep_malloc_heap
-from model.saving import TINY_BASE, from_dynamicrafter
-from model.vid2world import PRESETS
 from train import PostTraining, batch_loss
 from training.settings import parse_arguments
+from training.start import build_model
 torch.set_num_threads(1)
 keep_malloc_heap()
 settings = parse_arguments(["--batch", "2"])
 episodes = open_episodes("rt1", SAMPLES, "train")
-from training.start import build_model
 model = build_model(settings, episodes.dataset)
 loss = PostTraining(model, sys.argv[1] == "bf16").train()
 clips, times = Clips(episodes, 16, (64, 80), 0), []

@@ -240,8 +240,7 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     """Open a data set; what is read is its index, not its frames.
 
     name        an entry of DATA_SETS
-    root        the data set's folder, its version folder, or a folder above; None: see
-                `default_root`
+    root        the data set's folder, its version folder, or one above; None: `default_root`
     split       "train", "val" or "all": shards named -val or -test are held out (or folders of
                 pictures), or those that the data set's protocol names, or else the episodes whose
                 names have the smallest hashes

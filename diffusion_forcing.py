@@ -1,8 +1,7 @@
 """Every frame its own noise level: diffusion forcing.
 
 A video diffusion model noises all frames of a clip equally and denoises them together, so it can
-only ever make whole clips. Give every frame a noise level of its own in training, drawn
-independently,
+only ever make whole clips. Give every frame a noise level of its own in training,
 
     training      k = 512  37 901 240 688        any mixture of clear and noisy frames
     rollout       k =  39  39  39  39 999→0      a clear past, and one frame being predicted

@@ -1,5 +1,4 @@
-"""Record a small first-person game: a hall of Doom's, walked through (ViZDoom, Freedoom's art), in
-CS:GO's layout of 51 numbers.
+"""Record a walk through a hall of Doom's (ViZDoom, Freedoom's art) in CS:GO's 51 numbers.
 
     pip install vizdoom
     python -m bundled.record_arena --world arena --split train --episodes 1200 --out recorded/arena

@@ -1,5 +1,4 @@
-"""Record a small world: a simulated Sawyer arm at a drawer (Meta-World, rendered by MuJoCo), in
-RT-1's format.
+"""Record a simulated Sawyer arm at a drawer (Meta-World, rendered by MuJoCo) in RT-1's format.
 
     pip install metaworld mujoco packaging     (and Debian's libosmesa6, to render off-screen)
     python -m bundled.record_drawer --world drawer --split train --out recorded/drawer
@@ -66,8 +65,7 @@ DRAWER = slice(4, 7)  # the drawer's place in an observation
 
 
 def meta_world() -> tuple:
-    """MuJoCo, and Meta-World's environments and expert policies by task. Raises RequestError where
-    they are not installed."""
+    """MuJoCo, and Meta-World's environments and policies by task, or RequestError without them."""
     os.environ.setdefault("MUJOCO_GL", "osmesa")
     try:
         import mujoco

@@ -1,5 +1,4 @@
-"""OpenCLIP's image and text towers (ViT-H/14), as far as DynamiCrafter uses them. Inherited and
-frozen.
+"""OpenCLIP's image and text towers (ViT-H/14), as far as DynamiCrafter uses them. Frozen.
 
 The image tower turns the anchor frame into 257 tokens, which the resampler condenses. The text
 tower is asked one question only, the empty caption, so its answer is a constant and no tokenizer is
@@ -76,8 +75,7 @@ class ImageTower(nn.Module):
         self.transformer = Transformer(width, config.heads, config.layers)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalised image [N, 3, S, S] (`preprocess`) -> all tokens of the last block, [N, 1 +
-        patches, width]."""
+        """Normalised image [N, 3, S, S] (`preprocess`) -> last tokens [N, 1 + patches, width]."""
         x = self.conv1(image).flatten(2).transpose(1, 2)  # [N, patches, width]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding)
@@ -114,11 +112,8 @@ class TextTower(nn.Module):
 
 
 def preprocess(image: Tensor, size: int = 224) -> Tensor:
-    """Images [N, 3, H, W] in [-1, 1] to what the image tower reads, [N, 3, size, size].
-
-    A blur where an axis shrinks (against aliasing), bicubic resizing, CLIP's mean and standard
-    deviation.
-    """
+    """Images [N, 3, H, W] in [-1, 1] to what the image tower reads, [N, 3, size, size]: a blur if
+    an axis shrinks (against aliasing), bicubic resizing, CLIP's mean and standard deviation."""
     H, W = image.shape[-2:]
     if H > size or W > size:
         image = blur(blur(image, axis=2, factor=H / size), axis=3, factor=W / size)

@@ -44,8 +44,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        # DynamiCrafter has a dropout of 0 in the middle; the Identity keeps its place in the
-        # parameter names.
+        # DynamiCrafter's dropout of 0 in the middle: Identity keeps its place in parameter names
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(),
                                  nn.Linear(4 * channels, channels))
 
@@ -54,11 +53,8 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every pixel asks two sources, the caption and the anchor image; the answers are added.
-
-    The caption is the same for all frames of a clip, so they ask it together; image tokens are per
-    frame.
-    """
+    """Every pixel asks two sources, the caption, which all frames of a clip share, and the image
+    tokens of its frame; the answers are added."""
 
     def __init__(self, channels: int, heads: int, head_channels: int, context_dim: int):
         super().__init__()
@@ -115,11 +111,8 @@ class Upsample(nn.Module):
 
 
 class HeightCausalConv2d(nn.Conv2d):
-    """The released Vid2World's output convolution, which takes image *height* for time.
-
-    It pads two rows on top and none below. The released weights were trained around that, so they
-    need it.
-    """
+    """The released Vid2World's output convolution, which takes image *height* for time: it pads two
+    rows on top and none below. The released weights were trained around that, so they need it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (1, 1, 2, 0)))

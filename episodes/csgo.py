@@ -1,7 +1,6 @@
 """CS:GO's recordings (Pearce and Zhu 2021), and the arena, a hall of Doom's in the same layout.
 
-An action has 51 numbers: 11 keys and 2 buttons, each 0 or 1, then the mouse's motion in counts, as
-two one-hots.
+An action has 51 numbers: 11 keys and 2 buttons, 0 or 1, then the mouse's motion as two one-hots.
 """
 from collections.abc import Sequence
 from pathlib import Path

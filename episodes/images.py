@@ -13,8 +13,7 @@ LARGEST = 2**24  # pixels: a frame of more is a decompression bomb, or at least 
 
 
 def decode(image: bytes | memoryview | Path | np.ndarray) -> np.ndarray:
-    """An encoded picture, its file, or one that is an array already, to uint8 [H, W, 3]. Raises
-    DataError."""
+    """An encoded picture, its file, or an array, to uint8 [H, W, 3]. Raises DataError."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise DataError(f"a frame is {image.dtype} {list(image.shape)}; expected uint8 "

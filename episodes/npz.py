@@ -17,8 +17,7 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 
 def index(path: Path, image: str, actions: Actions) -> list[tuple[int, int, int]]:
-    """One row, (0, size, frames), from the arrays' headers alone; frames is -1 if the file is
-    damaged.
+    """One row, (0, size, frames), from the arrays' headers; frames is -1 if the file is damaged.
 
     Raises DataError if the file is whole but holds something else.
     """

@@ -81,8 +81,7 @@ def decode(path: Path, begin: float = 0.0) -> Iterator[tuple]:
 
 
 def frame_rate(path: Path) -> float:
-    """Frames per second, on average; from the frames' times where the file does not say. Raises
-    DataError."""
+    """Mean frames per second; from their times where the file does not say. Raises DataError."""
     with reading(path), import_av().open(str(path)) as container:
         rate = container.streams.video[0].average_rate
     if rate:

@@ -87,8 +87,7 @@ def require_same(run: Path, chosen: training.Settings) -> None:
 
 @dataclass
 class HeldOut:
-    """Held-out episodes side by side, and a network that reads the gripper's place off frames, if
-    they say where it is."""
+    """Held-out episodes side by side, and a reader of the gripper's place, where that is known."""
     episodes: Episodes
     truth: np.ndarray  # uint8 [N, T, H, W, 3]
     actions: np.ndarray  # [N, T - 1, A], of the motion

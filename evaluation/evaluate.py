@@ -217,8 +217,7 @@ def complete(settings: Settings) -> None:
 
 
 def report(scores: Scores, settings: Settings, world: WorldModel, names: Sequence[str]) -> None:
-    """The results as JSON, as a Markdown table, and as curves over frames; names of the
-    episodes."""
+    """The results as JSON, Markdown, and curves over frames; `names` are the episodes'."""
     out = Path(settings.out)
     by_frame = {name: rows.mean(axis=0) for name, rows in scores.items() if "," not in name}
     result = {name: float(row.mean()) for name, row in by_frame.items()}

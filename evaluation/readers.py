@@ -1,5 +1,4 @@
-"""Small networks that read numbers off a frame: where the player stands, how far a drawer is open,
-what an expert would do."""
+"""Networks that read numbers off a frame: the player's place, a drawer's opening, an action."""
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,8 +39,7 @@ class FrameReader(Reader):
 
 def fit(reader: Reader, frames: np.ndarray, targets: np.ndarray, steps: int, size: int = 64,
         cooldown: bool = True) -> Iterator[int]:
-    """Train a reader on frames uint8 [N, H, W, 3] and numbers [N, n]; gives the number of every
-    step that is done.
+    """Train a reader on frames uint8 [N, H, W, 3] and numbers [N, n]; yields every step's number.
 
     The frames are blurred and noisy, since imagined ones are no better.
     """

@@ -32,8 +32,7 @@ class Settings:
 
 
 def read_labelled(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Last frames uint8 [N, H, W, 3], and success [N], of the labelled episodes. Raises
-    DataError."""
+    """Last frames uint8 [N, H, W, 3] and success [N] of labelled episodes. Raises DataError."""
     with reading(settings.labels), open(settings.labels, encoding="utf-8", newline="") as file:
         labels = {row["episode"]: int(row["success"]) for row in csv.DictReader(file)}
     episodes = open_episodes(settings.data, settings.root, "all")

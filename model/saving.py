@@ -1,8 +1,6 @@
-"""Models from and to disk: original checkpoints, released ones, runs of train.py, and the bundled
-files.
+"""Models from and to disk: original and released checkpoints, runs of train.py, bundled files.
 
-A run folder holds `checkpoint.pt`, the trained weights and the optimizer, and `frozen.pt`, the
-rest, written once.
+A run folder holds `checkpoint.pt`, trained weights and optimizer, and `frozen.pt`, the rest.
 """
 import os
 from collections.abc import Iterator
@@ -134,9 +132,8 @@ def build_model_around(checkpoint: dict[str, Tensor], config: ModelConfig, unet:
 def preset_of(path: str | Path) -> str:
     """Which of PRESETS a DynamiCrafter checkpoint is of. Raises CheckpointError.
 
-    The small ones say so. The 512 and the 1024 model have the same parameters; their noise
-    schedules differ, and the checkpoint's own `scale_arr` falls to the signal scale of its
-    schedule.
+    The small ones say so. The 512 and the 1024 model differ in their noise schedules alone, whose
+    signal scale is where the checkpoint's own `scale_arr` ends.
     """
     content = read_checkpoint(checkpoint_file(path))
     if "preset" in content:
@@ -176,8 +173,7 @@ def save(path: str | Path, content: dict) -> None:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint of a run folder, the largest in one that huggingface_hub has left, or the file
-    itself."""
+    """The file itself, a run folder's checkpoint, or the largest that huggingface_hub has left."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -231,8 +227,7 @@ def load_model(path: str | Path, content: dict | None = None, kind: type[Model] 
     `read_checkpoint` gives of it, if that is known, `kind` the class that was trained. Raises
     CheckpointError.
 
-    The checkpoint holds what was trained and the name of the file beside it that holds what stayed
-    frozen, or else everything.
+    It holds what was trained and the name of the file beside it with what was not, or everything.
     """
     path = checkpoint_file(path)
     content = content or read_checkpoint(path)

@@ -57,8 +57,7 @@ def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8,
 
 def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float,
              captions: Sequence[str] = ()) -> None:
-    """An animation of videos side by side, uint8 [T, H, W, 3] each, labelled; it stops for a second
-    at the end.
+    """An animation of videos side by side, uint8 [T, H, W, 3] each, labelled, a second at its end.
 
     captions  what led to each frame, written below
     """

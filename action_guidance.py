@@ -31,8 +31,7 @@ def align_actions(actions: Tensor) -> Tensor:
     """From "taken at frame t", as files store actions, to "led to frame t", as the network reads.
 
     actions  [B, T, A], row t was taken at frame t
-    returns  [B, T, A], row t was taken at frame t-1; row 0 is zeros, and the last action falls out
-             of the clip
+    returns  [B, T, A], row t was taken at frame t-1; row 0 is zeros; the last falls out
 
     Paper: section 4.2.
     """

@@ -58,8 +58,7 @@ def draw_levels(shape: tuple[int, ...], generator: torch.Generator | None = None
 
 
 def rollout_levels(history: int, history_level: int, k: int, branches: int = 1) -> Tensor:
-    """Levels of a window, int64 [history + branches]: a history with little noise, the newest frame
-    at k. Paper: B.4."""
+    """Levels of a window, int64 [history + branches], the newest at k. Paper: B.4."""
     return torch.tensor([history_level] * history + [k] * branches)
 
 

@@ -93,8 +93,7 @@ def gif_duration(fps: float) -> int:
 
 def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, ...]]],
                 x_label: str, least: float = 0) -> None:
-    """Lines through points (x, y), or (x, y, lowest y, highest y), on shared axes, one colour per
-    entry; y begins at `least`."""
+    """Lines through points (x, y[, least y, most y]), one colour per entry; y from `least` on."""
     curves = {label: points for label, points in curves.items() if len(points)}
     width, height, left, top, right, bottom = 900, 400, 60, 20, 210, 40
     image = Image.new("RGB", (width, height), "white")

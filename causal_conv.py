@@ -71,8 +71,7 @@ def transfer_weights(kernel: Tensor, method: str) -> Tensor:
 
 
 class TemporalConv(nn.Conv3d):
-    """Convolution over time at every pixel: centred, or ending at its own frame if `causal`.
-    Paper: section 4.1."""
+    """Convolution over time at every pixel, ending at its own frame if `causal`. Paper: 4.1."""
 
     def __init__(self, channels: int, kernel_size: int = 3, causal: bool = False):
         super().__init__(channels, channels, (kernel_size, 1, 1))

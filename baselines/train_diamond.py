@@ -1,6 +1,6 @@
 """Train DIAMOND (baselines/diamond.py) for so many minutes; evaluation/game.py rolls it out.
 
-As its authors trained it on CS:GO, but for a desk: an hour and not twelve days of a GPU, so the
+As its authors trained it on CS:GO, but for a desk: hours and not twelve days of a GPU, so the
 learning rate is three times theirs and falls to zero, and batches are an eighth of theirs.
 """
 import time
@@ -36,16 +36,22 @@ class Settings:
     ahead: int = option(5, "frames of a clip that are predicted one from another")
     workers: int = option(1, "processes that decode frames", least=0)
     seed: int = option(0, "of everything random", least=0)
+    resume: bool = option(False, "go on with the run in --out; its minutes count")
 
 
 def train(settings: Settings) -> None:
-    """For so many minutes, saved every five."""
+    """For so many minutes, saved every five. Raises CheckpointError, DataError."""
     root = settings.root or default_root(settings.data)
     episodes = open_episodes(settings.data, root, "train", PAST + settings.ahead)
     height, width = episodes.dataset.aspect
     config = DiamondConfig(episodes.dataset.action_dim, (64, 8 * round(8 * width / height)))
     torch.manual_seed(settings.seed)
-    network = Diamond(config)
+    network, path = Diamond(config), Path(settings.out) / "checkpoint.pt"
+    known = read_checkpoint(path) if settings.resume else {"step": 0, "minutes": 0.0}
+    with reading(path, CheckpointError):
+        start, minutes = known["step"], known["minutes"]
+    if settings.resume:  # before the optimizer, for the parameters become others
+        load_weights(network, known["weights"], str(path))
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, "
           f"{len(episodes)} episodes")
     kernels, others = [], []
@@ -53,15 +59,17 @@ def train(settings: Settings) -> None:
         (others if p.ndim == 1 or p is network.action else kernels).append(p)
     groups = [{"params": kernels, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, settings.lr, fused=True)
+    if settings.resume:
+        optimizer.load_state_dict(known["optimizer"])
     clips = Clips(episodes, PAST + settings.ahead, config.size, settings.seed)
     numbers = (list(range(first, first + settings.batch))
-               for first in range(0, 10**9, settings.batch))
+               for first in range(start * settings.batch, 10**9, settings.batch))
     batches = DataLoader(clips, batch_sampler=numbers, collate_fn=collate,
                          num_workers=settings.workers)
-    out, began, minutes, saved, losses = Path(settings.out), time.monotonic(), 0.0, 0.0, []
-    out.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(batches, "training", unit="step")
-    for step, batch in enumerate(map(require_clips, bar)):
+    began, saved, losses = time.monotonic() - 60 * minutes, minutes, []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(batches, "training", initial=start, unit="step")
+    for step, batch in enumerate(map(require_clips, bar), start):
         for group in optimizer.param_groups:
             left = 3 * (1 - minutes / settings.minutes)
             group["lr"] = settings.lr * max(0, min(1, (step + 1) / 100, left))
@@ -77,12 +85,11 @@ def train(settings: Settings) -> None:
         minutes = (time.monotonic() - began) / 60
         if minutes >= settings.minutes or minutes > saved + 5:
             saved = minutes
-            save(out / "checkpoint.pt", {"diamond": asdict(config), "step": step + 1,
-                                         "weights": network.state_dict()})
+            save(path, {"diamond": asdict(config), "step": step + 1, "minutes": minutes,
+                        "weights": network.state_dict(), "optimizer": optimizer.state_dict()})
         if minutes >= settings.minutes:
             break
-    print(f"{len(losses)} steps in {minutes:.0f} minutes, loss {np.mean(losses[-100:]):.4f}: "
-          f"{out / 'checkpoint.pt'}")
+    print(f"{step + 1} steps in {minutes:.0f} minutes, loss {np.mean(losses[-100:]):.4f}: {path}")
 
 
 def load_diamond(path: str | Path) -> Diamond:

@@ -91,8 +91,7 @@ def changes(variant: str) -> dict:
 
 
 def measure(variant: str, seed: int, settings: Settings, held_out: HeldOut) -> dict:
-    """{"curve": {step: held-out loss}, "loss": the last, "psnr": dB, …} of a variant and seed, from
-    its file or made now."""
+    """{"curve": {step: held-out loss}, "loss": the last, "psnr": dB, …}, kept or made now."""
     run = Path(settings.out) / f"{re.sub(r'[^a-z0-9.]+', '_', variant)}_{seed}"
     if variant == REPEATING:
         return held_out.score(np.repeat(held_out.truth[:, :1], FRAMES, axis=1))

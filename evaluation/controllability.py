@@ -36,8 +36,7 @@ SWEEP_FRAMES = 8
 
 
 class GripperReader(Reader):
-    """Frames -> the gripper's pixel: convolutions make a map of where it might be, whose centre of
-    mass is the answer."""
+    """Frames -> the gripper's pixel: the centre of mass of a map that convolutions make."""
 
     def __init__(self):
         super().__init__()

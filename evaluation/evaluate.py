@@ -71,8 +71,7 @@ Scores = dict[str, np.ndarray]
 def read_batches(episodes: Episodes, frames: int, batch: int, config: ModelConfig,
                  numbers: Sequence[int] | None = None
                  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first frames [B, T, H, W, 3] of episodes at a model's size, and the actions [B, T, A]
-    taken at them.
+    """The first frames [B, T, H, W, 3] of episodes at a model's size, and their actions [B, T, A].
 
     numbers  which of the batches; None means all
     """

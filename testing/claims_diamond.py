@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from baselines import diamond, train_diamond
 from data import SAMPLES, fit_frames, open_episodes
+from dynamicrafter.checkpoint import read_checkpoint
 from episodes import csgo
 from episodes.csgo import csgo_action
 from evaluation import evaluate, game, metrics
@@ -125,11 +126,18 @@ def test_diamond_learns_what_actions_do():
         world.reset(frames[:, :3], actions[:, :2])
 
 
-def test_diamond_is_trained_and_loaded():
+def test_diamond_is_trained_resumed_and_loaded():
     root, out = make_rt1([10] * 8), folder()
-    code, output = run_command(train_diamond.main, "--data", "rt1", "--root", root, "--out", out,
-                               "--minutes", 0.02, "--batch", 2, "--workers", 0)
+    words = "--data", "rt1", "--root", root, "--out", out, "--batch", 2, "--workers", 0
+    code, output = run_command(train_diamond.main, *words, "--minutes", 0.02)
     assert code == 0 and "7.2 M parameters" in output, output
+    begun = read_checkpoint(out / "checkpoint.pt")
+    assert run_command(train_diamond.main, *words, "--resume", "--minutes", 0.01)[0] == 0
+    resumed = read_checkpoint(out / "checkpoint.pt")  # one step more, and its time is up
+    assert resumed["step"] == begun["step"] + 1 and resumed["minutes"] > begun["minutes"] > 0.02
+    steps = [each["optimizer"]["state"][0]["step"] for each in (begun, resumed)]
+    assert steps[1] == steps[0] + 1 == resumed["step"], (steps, resumed["step"])
+    refused(train_diamond.main, *words[:4], "--resume", "--out", folder(), saying="no checkpoint")
     network = train_diamond.load_diamond(out / "checkpoint.pt")
     world = diamond.DiamondWorld(network, diamond.STEPS["hq"])
     frames, actions = (each[None] for each in make_episode(8, seed=0))

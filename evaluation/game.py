@@ -9,7 +9,7 @@ game knew, and then reads them off imagined ones:
     walls         24 frames straight on: does the player come to a stop?
     return        72 frames of 5 degrees each: is the first frame back? It left the window long ago,
                   so this asks whether the network knows the hall by heart.
-    holds         a strip of 100 frames, a key or a turn held for ten at a time
+    holds         100 frames, a key or a turn held for ten at a time: a strip and an animation
 
 for the world model, for DIAMOND where a checkpoint is named, and for a frame that stands still.
 """
@@ -26,7 +26,7 @@ from baselines.diamond import STEPS, DiamondWorld
 from baselines.train_diamond import load_diamond
 from data import Episodes, open_episodes
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
-from episodes.csgo import csgo_action
+from episodes.csgo import csgo_action, describe
 from evaluation.evaluate import (RepeatLastFrame, WorldSettings, open_held_out, read_batches,
                                  rollout_batch)
 from evaluation.intervals import mean_and_deviation
@@ -36,7 +36,7 @@ from model.saving import save
 from sample import WorldModel
 from support.errors import CheckpointError, reading
 from support.options import option, program
-from support.pictures import psnr, save_strip
+from support.pictures import psnr, save_gif, save_strip
 
 POSE = "steps/observation/pose"  # x and y in map units, and the direction in degrees
 GIVEN, SHORT, LONG = 4, 12, 60  # frames given, and imagined
@@ -223,7 +223,9 @@ def run(settings: Settings) -> None:
             pictures[name] = rollout_action(make(0), first, batch=1)[0, GIVEN - 1 :]
             holds = np.repeat([csgo_action(keys, x=x) for keys, x in HOLDS], 10, axis=0)
             clip = rollout_action(make(0), first, 1, holds, len(holds))[0, GIVEN - 1 :]
-            save_strip(out / f"{name.replace(', ', '_')}_holds.png", {name: clip[::5]}, columns=11)
+            strip = out / f"{name.replace(', ', '_')}_holds.png"
+            save_strip(strip, {name: clip[::5]}, columns=11)
+            save_gif(strip.with_suffix(".gif"), {name: clip}, 9, ["", *map(describe, holds)])
     if not settings.quick:
         save_strip(out / "side_by_side.png",
                    {name: clip[::5] for name, clip in pictures.items()}, columns=13)

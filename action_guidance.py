@@ -74,9 +74,8 @@ def guide(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: float = 0.
 class HeLinear(nn.Linear):
     """A linear layer with He initialisation, which keeps the variance of its input (He 2015).
 
-    PyTorch's default lets a sixth of the variance through. After three layers an action is then a
-    twentieth of its size, small beside the noise level it is added to, and is learned much later.
-    Not in the paper.
+    PyTorch's default lets a sixth of the variance through, so after three layers an action is a
+    twentieth of its size and is learned much later. Not in the paper.
     """
 
     def reset_parameters(self) -> None:

@@ -9,9 +9,8 @@ gigabytes, without ever holding more than a few episodes in memory. Three steps 
                   ──order──▶ clips 0, 1, 2, … are the same in every run with the same seed,
                              whatever the number of workers or processes
 
-What a data set is stands in `DATA_SETS`: a new one of a known format is one entry; a new file
-format is two functions (episodes/formats.py). `folder` is for episodes of your own, whose shape is
-read from the files.
+What a data set is stands in `DATA_SETS`: a new one of a known format is one entry; a new format is
+two functions (episodes/formats.py). `folder` is for your own episodes, whose shape files tell.
 
 Paper: appendix C.1.
 """
@@ -330,8 +329,7 @@ class Clips(torch.utils.data.Dataset):
     """Random clips without end: clip number i depends on the seed and on i, and on nothing else.
 
     An item is {"frames": uint8 [T, H, W, 3], "actions": float32 [T, A], "index": i, "damaged":
-    [message, …]}. A damaged episode is replaced by another draw and reported; "frames" is None if
-    no draw worked.
+    [message, …]}. Another draw replaces a damaged episode; "frames" is None if none worked.
     """
 
     def __init__(self, episodes: Episodes, frames: int, size: tuple[int, int], seed: int,
@@ -362,8 +360,7 @@ class Clips(torch.utils.data.Dataset):
 def collate(clips: list[dict]) -> dict:
     """Stack clips into frames uint8 [B, T, H, W, 3] and actions [B, T, A].
 
-    If no clip could be drawn, the reason is returned as "error" and not raised: it has to cross
-    from a worker process.
+    Without a clip it returns the reason as "error", which has to cross from a worker process.
     """
     damaged = [message for clip in clips for message in clip["damaged"]]
     if any(clip["frames"] is None for clip in clips):

@@ -16,8 +16,7 @@ The noise itself (variances ᾱ, signal scale s, velocity target v) is DynamiCra
     v = √ᾱ·ε - √(1-ᾱ)·s·z        what the network predicts
 
 ᾱ at the last level is exactly zero ("zero terminal SNR"), so sampling starts from pure noise. The
-signal scale falls to 0.7 (DynamiCrafter-512) or 0.3 (1024) at high levels, since larger pictures
-survive more noise.
+signal scale falls to 0.7 (DynamiCrafter-512) or 0.3 (1024): larger pictures survive more noise.
 
     python diffusion_forcing.py        shows levels as digits, and a rollout with a perfect network
 
@@ -142,8 +141,7 @@ class NoiseSchedule(nn.Module):
         """One step of sampling, from level k to k_next (Song et al. 2021, equation 12).
 
         x [B, T, C, h, w] at level k, v the predicted velocity, noise the fresh Gaussian noise
-        (drawn here if None; unused at eta = 0). The last step goes to k_next = 0 and returns
-        latents without signal scale.
+        (drawn here if None; unused at eta = 0). k_next = 0 returns latents without signal scale.
         """
         alpha, scale = self.coefficients(k, x)
         alpha_next, scale_next = self.coefficients(k_next, x)

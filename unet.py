@@ -362,8 +362,7 @@ def load_vid2world(checkpoint: Checkpoint, config: UNetConfig, source: str | Pat
 
     Its norms see the whole clip (the default norm_scope, "clip"), so it is not strictly causal; its
     output convolution is `HeightCausalConv2d`; and it wants all image tokens at every frame unless
-    the clip is of full length, which is for the caller to provide. Raises CheckpointError for a
-    file that does not fit.
+    the clip is of full length, which is up to the caller. Raises CheckpointError for another.
     """
     # Their causal convolutions wrap PyTorch's, which puts an infix into the names.
     weights = {name.replace(".conv3d.", ".").replace(".conv2d.", "."): weight

@@ -2,9 +2,8 @@
 
     python -m baselines.action_finetuning --data rt1 --out runs/action
 
-The nearest neighbour of Vid2World: the same base, the same sum of embeddings, the same data. What
-it lacks is causality, a noise level of its own for every frame, and the dropping of actions, so
-neither a rollout nor guidance:
+The nearest neighbour of Vid2World: the same base, sum of embeddings and data. It lacks causality, a
+noise level for every frame, and the dropping of actions, so neither a rollout nor guidance:
 
     embedding of frame t = time(k) + fps + Linear(SiLU(Linear(action that led to t)))
 """

@@ -3,8 +3,7 @@
 The image tower turns the anchor frame into 257 tokens, which the resampler condenses. The text
 tower is asked one question only, the empty caption, so its answer is a constant and no tokenizer is
 needed. Parameters carry the checkpoint's names, below `embedder.model.visual.` and
-`cond_stage_model.model.`; those of the final projections (`ln_post`, `proj`, `text_projection`) are
-loaded but never used.
+`cond_stage_model.model.`; `ln_post`, `proj` and `text_projection` are loaded but never used.
 """
 from dataclasses import dataclass
 

@@ -8,8 +8,7 @@
 
 A row of a table is an action. The first line may name the columns. A column `timestamp` says when
 in the video, in seconds, each row was recorded, and so picks its frame. Without one, the table has
-a row for every frame. `--camera front wrist` lays drive_1_front.mp4 and drive_1_wrist.mp4 side by
-side, beside drive_1.csv.
+a row for every frame. `--camera front wrist` joins drive_1_front.mp4 and drive_1_wrist.mp4.
 """
 import csv
 from collections.abc import Iterable

@@ -40,8 +40,7 @@ def play(settings: Settings) -> None:
     options = {"guidance": settings.guidance, "steps": settings.steps}
     WorldModel(model, **options)  # refuses here what would otherwise end every player's stream
     name, episodes = open_data(settings, model)
-    # Half of the cores are left to the browser: threads that wait for each other all stand still
-    # when it takes the core of one.
+    # half of the cores for the browser: if it takes the core of one thread, all others wait
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     server = PlayServer((settings.host, settings.port), lambda: WorldModel(model, **options),
                         with_keys(episodes.dataset, model), episodes, FASTEST)

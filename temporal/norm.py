@@ -2,8 +2,7 @@
 
 A GroupNorm divides by the standard deviation of its whole input. Over a clip that includes the
 future: change the last frame, and the statistics of the clip change, and with them every earlier
-frame. So a network with causal convolutions and causal attention still uses a future that is not
-there in a rollout.
+frame. So a network with causal convolutions and attention still uses what a rollout lacks.
 
 `scope` says which frames the statistics of frame t include:
 

@@ -28,10 +28,12 @@ from torch import Tensor, nn
 
 
 def align_actions(actions: Tensor) -> Tensor:
-    """From "taken at frame t", as files store actions, to "led to frame t", as the network reads.
+    """From "taken at frame t", as data files store actions, to "led to frame t", as the network
+    reads them.
 
     actions  [B, T, A], row t was taken at frame t
-    returns  [B, T, A], row t was taken at frame t-1; row 0 is zeros; the last falls out
+    returns  [B, T, A], row t was taken at frame t-1; row 0 is zeros, and the last action falls out
+             of the clip
 
     Paper: section 4.2.
     """
@@ -74,8 +76,9 @@ def guide(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: float = 0.
 class HeLinear(nn.Linear):
     """A linear layer with He initialisation, which keeps the variance of its input (He 2015).
 
-    PyTorch's default lets a sixth of the variance through, so after three layers an action is a
-    twentieth of its size and is learned much later. Not in the paper.
+    PyTorch's default lets a sixth of the variance through. After three layers an action is then a
+    twentieth of its size, small beside the noise level it is added to, and is learned much later.
+    Not in the paper.
     """
 
     def reset_parameters(self) -> None:

@@ -95,7 +95,8 @@ class TemporalTransformer(nn.Module):
         self.proj_out = zero_init(projection(inner, channels))
 
     def forward(self, x: Tensor, conditions) -> Tensor:
-        """x [B·T, C, H, W] -> the same. conditions (unet.py): T frames, and the past's cache."""
+        """x [B·T, C, H, W] -> the same. Of the conditions (unet.py), `.frames` is T, `.cache` that
+        of the frames before."""
         clip = x.unflatten(0, (-1, conditions.frames)).transpose(1, 2)  # [B, C, T, H, W]
         B, C, T, H, W = clip.shape
         h = self.norm(clip, conditions.cache).permute(0, 3, 4, 2, 1)  # [B, H, W, T, C]

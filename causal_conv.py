@@ -20,7 +20,8 @@ trained to see (t+1). `transfer_weights` has four ways to fill in the question m
     extrapolative   0,   w₋₁ - w₊₁,  w₀ + 2w₊₁   weights in place; a line stands in for the future
 
 `mixed` is the default here and the first version of the paper (v1). `extrapolative` is its later
-version (v2, v3) and that of the released checkpoints. No method adds or renames a parameter.
+version (v2, v3) and that of the released checkpoints. No method adds, removes or renames a
+parameter.
 
     python causal_conv.py        shows the four on numbers
 
@@ -71,7 +72,8 @@ def transfer_weights(kernel: Tensor, method: str) -> Tensor:
 
 
 class TemporalConv(nn.Conv3d):
-    """Convolution over time at every pixel, ending at its own frame if `causal`. Paper: 4.1."""
+    """Convolution over time at every pixel: centred, or ending at its own frame if `causal`.
+    Paper: section 4.1."""
 
     def __init__(self, channels: int, kernel_size: int = 3, causal: bool = False):
         super().__init__(channels, channels, (kernel_size, 1, 1))
@@ -89,7 +91,8 @@ class TemporalConv(nn.Conv3d):
 
 
 class TemporalConvBlock(nn.Module):
-    """Four times norm, SiLU, temporal convolution, in one residual: the end of every ResBlock.
+    """Four times norm, SiLU, temporal convolution, in one residual: the end of every residual block
+    of the U-Net.
 
     DynamiCrafter's dropout of 0.1, from the second on, is part of the block. From scratch the last
     convolution is zero, so that a new block changes nothing.

@@ -9,8 +9,9 @@ gigabytes, without ever holding more than a few episodes in memory. Three steps 
                   ──order──▶ clips 0, 1, 2, … are the same in every run with the same seed,
                              whatever the number of workers or processes
 
-What a data set is stands in `DATA_SETS`: a new one of a known format is one entry; a new format is
-two functions (episodes/formats.py). `folder` is for your own episodes, whose shape files tell.
+What a data set is stands in `DATA_SETS`: a new one of a known format is one entry; a new file
+format is two functions (episodes/formats.py). `folder` is for episodes of your own, whose shape is
+read from the files.
 
 Paper: appendix C.1.
 """
@@ -239,7 +240,8 @@ def open_episodes(name: str, root: str | Path | None = None, split: str = "all",
     """Open a data set; what is read is its index, not its frames.
 
     name        an entry of DATA_SETS
-    root        the data set's folder, its version folder, or one above; None: `default_root`
+    root        the data set's folder, its version folder, or a folder above; None: see
+                `default_root`
     split       "train", "val" or "all": shards named -val or -test are held out (or folders of
                 pictures), or those that the data set's protocol names, or else the episodes whose
                 names have the smallest hashes
@@ -329,7 +331,8 @@ class Clips(torch.utils.data.Dataset):
     """Random clips without end: clip number i depends on the seed and on i, and on nothing else.
 
     An item is {"frames": uint8 [T, H, W, 3], "actions": float32 [T, A], "index": i, "damaged":
-    [message, …]}. Another draw replaces a damaged episode; "frames" is None if none worked.
+    [message, …]}. A damaged episode is replaced by another draw and reported; "frames" is None if
+    no draw worked.
     """
 
     def __init__(self, episodes: Episodes, frames: int, size: tuple[int, int], seed: int,
@@ -360,7 +363,8 @@ class Clips(torch.utils.data.Dataset):
 def collate(clips: list[dict]) -> dict:
     """Stack clips into frames uint8 [B, T, H, W, 3] and actions [B, T, A].
 
-    Without a clip it returns the reason as "error", which has to cross from a worker process.
+    If no clip could be drawn, the reason is returned as "error" and not raised: it has to cross
+    from a worker process.
     """
     damaged = [message for clip in clips for message in clip["damaged"]]
     if any(clip["frames"] is None for clip in clips):

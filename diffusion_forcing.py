@@ -1,7 +1,8 @@
 """Every frame its own noise level: diffusion forcing.
 
 A video diffusion model noises all frames of a clip equally and denoises them together, so it can
-only ever make whole clips. Give every frame a noise level of its own in training,
+only ever make whole clips. Give every frame a noise level of its own in training, drawn
+independently,
 
     training      k = 512  37 901 240 688        any mixture of clear and noisy frames
     rollout       k =  39  39  39  39 999→0      a clear past, and one frame being predicted
@@ -16,7 +17,8 @@ The noise itself (variances ᾱ, signal scale s, velocity target v) is DynamiCra
     v = √ᾱ·ε - √(1-ᾱ)·s·z        what the network predicts
 
 ᾱ at the last level is exactly zero ("zero terminal SNR"), so sampling starts from pure noise. The
-signal scale falls to 0.7 (DynamiCrafter-512) or 0.3 (1024): larger pictures survive more noise.
+signal scale falls to 0.7 (DynamiCrafter-512) or 0.3 (1024) at high levels, since larger pictures
+survive more noise.
 
     python diffusion_forcing.py        shows levels as digits, and a rollout with a perfect network
 
@@ -57,7 +59,8 @@ def draw_levels(shape: tuple[int, ...], generator: torch.Generator | None = None
 
 
 def rollout_levels(history: int, history_level: int, k: int, branches: int = 1) -> Tensor:
-    """Levels of a window, int64 [history + branches], the newest at k. Paper: B.4."""
+    """Levels of a window, int64 [history + branches]: a history with little noise, the newest frame
+    at k. Paper: B.4."""
     return torch.tensor([history_level] * history + [k] * branches)
 
 
@@ -141,7 +144,8 @@ class NoiseSchedule(nn.Module):
         """One step of sampling, from level k to k_next (Song et al. 2021, equation 12).
 
         x [B, T, C, h, w] at level k, v the predicted velocity, noise the fresh Gaussian noise
-        (drawn here if None; unused at eta = 0). k_next = 0 returns latents without signal scale.
+        (drawn here if None; unused at eta = 0). The last step goes to k_next = 0 and returns
+        latents without signal scale.
         """
         alpha, scale = self.coefficients(k, x)
         alpha_next, scale_next = self.coefficients(k_next, x)

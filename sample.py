@@ -378,8 +378,11 @@ def load_world(checkpoint: str | Path, device: str | torch.device | None = None,
 
 def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context_frames: int = 1
             ) -> np.ndarray:
-    """Imagine an episode: the first `context_frames` of frames [at least these, H, W, 3] are given,
-    then one frame per action [T - 1, A]. Returns uint8 [T, H, W, 3] at the model's size."""
+    """Imagine an episode: the first `context_frames` frames are given, then one frame per action.
+
+    frames [at least these, H, W, 3], actions [T - 1, A]; returns uint8 [T, H, W, 3] at the model's
+    size.
+    """
     world.reset(frames[:context_frames], actions[: context_frames - 1])
     given = list(to_frames(world.window.pixels)[0])
     bar = tqdm(actions[context_frames - 1 :], unit="frame", leave=False, disable=None)

@@ -326,7 +326,8 @@ Checkpoint = str | Path | dict[str, Tensor]
 
 def load_dynamicrafter(checkpoint: Checkpoint, config: UNetConfig, transfer: str = "mixed",
                        source: str | Path | None = None) -> UNet:
-    """DynamiCrafter's U-Net (512 or 1024) from its own checkpoint; causal if `config.causal`.
+    """DynamiCrafter's U-Net (512 or 1024) from its original checkpoint; made causal if
+    `config.causal`.
 
     transfer  of the temporal kernels: a method of `causal_conv.transfer_weights`
 
@@ -358,11 +359,13 @@ def load_dynamicrafter(checkpoint: Checkpoint, config: UNetConfig, transfer: str
 
 def load_vid2world(checkpoint: Checkpoint, config: UNetConfig, source: str | Path | None = None
                    ) -> UNet:
-    """The U-Net of a checkpoint of Vid2World's authors, which differs from ours in three things.
+    """The U-Net of a checkpoint that the authors of Vid2World released, which differs from ours in
+    three things.
 
     Its norms see the whole clip (the default norm_scope, "clip"), so it is not strictly causal; its
     output convolution is `HeightCausalConv2d`; and it wants all image tokens at every frame unless
-    the clip is of full length, which is up to the caller. Raises CheckpointError for another.
+    the clip is of full length, which is for the caller to provide. Raises CheckpointError for a
+    file that does not fit.
     """
     # Their causal convolutions wrap PyTorch's, which puts an infix into the names.
     weights = {name.replace(".conv3d.", ".").replace(".conv2d.", "."): weight

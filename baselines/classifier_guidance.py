@@ -62,7 +62,8 @@ class Classifier(nn.Module):
 
 
 def bins_of(actions: Tensor) -> Tensor:
-    """The bin of each number of actions [B, T, A] but the last, which leads on: [B, T - 1, A]."""
+    """The bin of each number of actions [B, T, A], except the last, which leads beyond the clip:
+    [B, T - 1, A]."""
     return torch.bucketize(actions[:, :-1].contiguous(), torch.tensor(EDGES, device=actions.device))
 
 

@@ -36,7 +36,7 @@ class Settings:
     ahead: int = option(5, "frames of a clip that are predicted one from another")
     workers: int = option(1, "processes that decode frames", least=0)
     seed: int = option(0, "of everything random", least=0)
-    resume: bool = option(False, "go on with the run in --out; its minutes count")
+    resume: bool = option(False, "resume the run in --out, whose minutes count")
 
 
 def train(settings: Settings) -> None:
@@ -50,7 +50,7 @@ def train(settings: Settings) -> None:
     known = read_checkpoint(path) if settings.resume else {"step": 0, "minutes": 0.0}
     with reading(path, CheckpointError):
         start, minutes = known["step"], known["minutes"]
-    if settings.resume:  # before the optimizer, for the parameters become others
+    if settings.resume:  # before the optimizer is made, for this replaces the parameters
         load_weights(network, known["weights"], str(path))
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters, "
           f"{len(episodes)} episodes")

@@ -65,7 +65,8 @@ DRAWER = slice(4, 7)  # the drawer's place in an observation
 
 
 def meta_world() -> tuple:
-    """MuJoCo, and Meta-World's environments and policies by task, or RequestError without them."""
+    """MuJoCo, and Meta-World's environments and expert policies by task. Raises RequestError where
+    they are not installed."""
     os.environ.setdefault("MUJOCO_GL", "osmesa")
     try:
         import mujoco

@@ -28,9 +28,11 @@ SMALL = 256 * 2**20  # bytes: a file up to this size is checked at every reading
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The content of a file, PyTorch's or .safetensors; above SMALL, tensors stay on disk.
+    """The content of a checkpoint file, PyTorch's or .safetensors. The tensors of one above SMALL
+    are left on disk.
 
-    Raises CheckpointError if it is missing, damaged, or holds more than tensors and plain values.
+    Raises CheckpointError if the file is missing, damaged, or holds anything but ordinary tensors
+    and plain values.
     """
     path = Path(path)
     if not path.exists():

@@ -19,7 +19,8 @@ def crc32c(data: bytes) -> int:
 
     The register is linear over bits. So the data is cut into equal lanes, which numpy advances side
     by side, one byte of each at a time; then neighbours are joined, crc(AB) = shift(crc(A), len(B))
-    ^ crc(B). The shift is a 32×32 bit matrix, found by 32 unit vectors in lanes of their own.
+    ^ crc(B), where the shift is a 32×32 bit matrix that is found by sending its 32 unit vectors
+    along as further lanes.
     """
     if len(data) < 256:
         crc = 0xFFFFFFFF

@@ -115,8 +115,9 @@ def choose_camera(info: Info, wanted: str | None) -> str:
 
 
 def list_episodes(src: Path, info: Info, camera: str) -> list[dict]:
-    """Each episode's index, length, path of its table, of its video (None: pictures are in the
-    table), and where in that it begins and ends (None: with the file). Raises DataError."""
+    """For each episode: index, length, the path of its table, of its video (None: the pictures lie
+    in the table), and where in that video it begins and ends (None: with the file). Raises
+    DataError."""
     list_them = list_v3 if info.codebase_version == "v3.0" else list_v2
     try:
         with reading("the list of episodes"):
@@ -168,7 +169,8 @@ def list_v3(src: Path, info: Info, camera: str) -> list[dict]:
 
 
 def mark_overlaps(episodes: list[dict], most: float) -> None:
-    """Of two episodes with the same stretch of a video neither is taken: one has wrong pictures."""
+    """Two episodes cannot have the same stretch of a video: neither is taken, for one of them has
+    the other's pictures."""
     filmed = sorted((episode for episode in episodes if episode["video"]),
                     key=lambda episode: (episode["video"], episode["begin"]))
     for first, second in pairwise(filmed):

@@ -8,7 +8,8 @@
 
 A row of a table is an action. The first line may name the columns. A column `timestamp` says when
 in the video, in seconds, each row was recorded, and so picks its frame. Without one, the table has
-a row for every frame. `--camera front wrist` joins drive_1_front.mp4 and drive_1_wrist.mp4.
+a row for every frame. `--camera front wrist` lays drive_1_front.mp4 and drive_1_wrist.mp4 side by
+side, beside drive_1.csv.
 """
 import csv
 from collections.abc import Iterable
@@ -110,7 +111,8 @@ def convert(settings: Settings) -> None:
 
 
 def read_first(episodes: list[tuple[Path, list[Path]]], src: Path) -> tuple[list[str], float]:
-    """Columns' names and frame rate of the first episode that can be read. Raises DataError."""
+    """The columns' names and the frame rate of the first episode that can be read. Raises
+    DataError."""
     problems = [f"{src} holds no video with a table beside it"] * (not episodes)
     for table, videos in episodes:
         try:

@@ -157,7 +157,8 @@ def choose_split(paths: list[Path], records: np.ndarray, split: str, held_out: i
                 or -test are held out, or the protocol names some
     protocol    file with lines of a held-out file's name, and the frame at which its episode
                 begins, if it is not the first
-    min_length  only episodes of so many frames; what is held out among all is so among them
+    min_length  only episodes of so many frames are held out. What is held out among all is so
+                among the long ones too
 
     Raises DataError for another split.
     """

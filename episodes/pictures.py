@@ -2,7 +2,8 @@
 
     episode_000/000000.jpg 000001.jpg …  actions.npy
 
-Row t of actions.npy was taken at the t-th picture. Names are in the order of their numbers.
+Row t of actions.npy was taken at the t-th picture. Numbers in names count as numbers: 2.jpg comes
+before 10.jpg.
 """
 import re
 from pathlib import Path

@@ -80,7 +80,8 @@ def open_reader(path: Path, episodes: Episodes, steps: int, source: str | None =
 
 
 def apart(poses: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of poses [..., 3] from others: map units, and degrees to the left (-180 .. 180)."""
+    """Distance in map units, and difference in degrees to the left (-180 .. 180), of poses [..., 3]
+    from others."""
     distance = np.linalg.norm(poses[..., :2] - others[..., :2], axis=-1)
     return distance, (poses[..., 2] - others[..., 2] + 180) % 360 - 180
 
@@ -223,9 +224,9 @@ def run(settings: Settings) -> None:
             pictures[name] = rollout_action(make(0), first, batch=1)[0, GIVEN - 1 :]
             holds = np.repeat([csgo_action(keys, x=x) for keys, x in HOLDS], 10, axis=0)
             clip = rollout_action(make(0), first, 1, holds, len(holds))[0, GIVEN - 1 :]
-            strip = out / f"{name.replace(', ', '_')}_holds.png"
-            save_strip(strip, {name: clip[::5]}, columns=11)
-            save_gif(strip.with_suffix(".gif"), {name: clip}, 9, ["", *map(describe, holds)])
+            path, fps = out / f"{name.replace(', ', '_')}_holds", held_out.dataset.fps
+            save_strip(f"{path}.png", {name: clip[::5]}, columns=11)
+            save_gif(f"{path}.gif", {name: clip}, fps, ["", *map(describe, holds)])
     if not settings.quick:
         save_strip(out / "side_by_side.png",
                    {name: clip[::5] for name, clip in pictures.items()}, columns=13)

@@ -55,7 +55,8 @@ from support.options import option, program
 from support.pictures import save_curves, save_strip
 
 POLICIES, STARTS = CHECKPOINTS / "policies.pt", SAMPLES / "drawer_starts.npz"
-# Policies after so many steps of training: from one that never closes the drawer to an expert.
+# The policies, each after so many steps of training: from one that never closes the drawer to one
+# that always does.
 MARKS = {f"{steps} steps": steps for steps in (40, 90, 120, 200, 4000)}
 HORIZON = 40  # frames that a policy has
 # settings, beside the sampling of the world, that rollouts depend on
@@ -386,7 +387,8 @@ def compare(title: str, rates: dict[str, np.ndarray], true: dict[str, np.ndarray
 
 
 def agree(imagined: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
-    """Of outcomes [policies, starts]: Pearson r, MMRV, largest difference of rates (points)."""
+    """Pearson r, MMRV and the largest difference (points) of the success rates of outcomes
+    [policies, starts]."""
     ours, theirs = imagined.mean(axis=1), true.mean(axis=1)
     return pearson(ours, theirs), mmrv(theirs, ours), 100 * np.abs(ours - theirs).max()
 

@@ -1,4 +1,5 @@
-"""Memory: frozen parts in half precision, and what the C library keeps on a CPU."""
+"""Memory: frozen parts in half precision, and what the C library does on the CPU with memory that
+PyTorch gives back."""
 import ctypes
 import sys
 from functools import partial
@@ -13,7 +14,8 @@ from unet import UNet
 
 
 def frozen_to_bf16(model: Model) -> None:
-    """The autoencoder and the image tower, if frozen, in bfloat16: for runs that compute in it."""
+    """The autoencoder and the image tower in bfloat16, if they are frozen: for runs that compute in
+    bfloat16 anyway."""
     for part in (model.autoencoder, model.image_tower):
         if not any(parameter.requires_grad for parameter in part.parameters()):
             for parameter in part.parameters():
@@ -38,7 +40,8 @@ def encode_once(autoencoder: Autoencoder, most: int = 100_000) -> None:
 
 
 def recompute_activations(unet: UNet) -> None:
-    """Keep no activations of the layers: the backward pass computes them again."""
+    """Keep no activations of the layers: the backward pass computes them again. Less memory, more
+    time."""
     for block in [*unet.input_blocks, unet.init_attn, unet.middle_block, *unet.output_blocks]:
         for layer in block:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -59,7 +62,8 @@ def keep_malloc_heap() -> None:
 
 
 def trim_malloc_heap() -> None:
-    """On Linux: hand back what was kept: in play, worlds that come and go leave ever more gaps."""
+    """On Linux: hand back what was kept. In play, worlds of all lengths come and go, and leave ever
+    more gaps between them."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

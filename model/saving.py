@@ -1,6 +1,8 @@
-"""Models from and to disk: original and released checkpoints, runs of train.py, bundled files.
+"""Models from and to disk: original checkpoints, released ones, runs of train.py, and the bundled
+files.
 
-A run folder holds `checkpoint.pt`, trained weights and optimizer, and `frozen.pt`, the rest.
+A run folder holds `checkpoint.pt`, the trained weights and the optimizer, and `frozen.pt`, the
+rest, written once.
 """
 import os
 from collections.abc import Iterator
@@ -132,8 +134,9 @@ def build_model_around(checkpoint: dict[str, Tensor], config: ModelConfig, unet:
 def preset_of(path: str | Path) -> str:
     """Which of PRESETS a DynamiCrafter checkpoint is of. Raises CheckpointError.
 
-    The small ones say so. The 512 and the 1024 model differ in their noise schedules alone, whose
-    signal scale is where the checkpoint's own `scale_arr` ends.
+    The small ones say so. The 512 and the 1024 model have the same parameters; their noise
+    schedules differ, and the checkpoint's own `scale_arr` falls to the signal scale of its
+    schedule.
     """
     content = read_checkpoint(checkpoint_file(path))
     if "preset" in content:
@@ -173,7 +176,8 @@ def save(path: str | Path, content: dict) -> None:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The file itself, a run folder's checkpoint, or the largest that huggingface_hub has left."""
+    """The checkpoint of a run folder, the largest in one that huggingface_hub has left, or the file
+    itself."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -227,7 +231,8 @@ def load_model(path: str | Path, content: dict | None = None, kind: type[Model] 
     `read_checkpoint` gives of it, if that is known, `kind` the class that was trained. Raises
     CheckpointError.
 
-    It holds what was trained and the name of the file beside it with what was not, or everything.
+    The checkpoint holds what was trained and the name of the file beside it that holds what stayed
+    frozen, or else everything.
     """
     path = checkpoint_file(path)
     content = content or read_checkpoint(path)

@@ -1,4 +1,5 @@
-"""The whole model: the U-Net and all around it that turns frames into what it reads, and back.
+"""The whole model: the U-Net and everything around it that turns frames into what it reads, and
+back.
 
     frames ──autoencoder──▶ latents ─────────────▶ x, and the anchor's latents beside it ┐
     anchor frame ──image tower──▶ 257 tokens                                             ├▶ U-Net
@@ -7,7 +8,8 @@
                                                                                            velocity
 
 Training and sampling go through the same five methods: `encode`, `image_tokens`, `context`,
-`denoise`, `decode`. Another base than DynamiCrafter is another class with these five.
+`denoise`, `decode`. Whoever wants another base than DynamiCrafter writes another class with these
+five.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -78,7 +80,8 @@ CLIP_STD = 5.0  # standardised actions are clipped to ± this, in training and i
 
 
 class Model(nn.Module):
-    """Frames in, velocities and frames out; shapes and units are at its five methods."""
+    """Frames in, velocities and frames out: the U-Net with all that it needs. Shapes and units are
+    at its five methods."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -169,7 +172,8 @@ class Model(nn.Module):
 
 
 def plain_statistics(action_dim: int) -> Tensor:
-    """Mean, deviation and clipping distance [3, A] with which `standardise` changes nothing."""
+    """Mean, standard deviation and clipping distance [3, A] with which `standardise` changes
+    nothing."""
     return torch.tensor([0.0, 1.0, float("inf")])[:, None].repeat(1, action_dim)
 
 

@@ -39,7 +39,8 @@ def parse(settings_class: type, description: str, argv: Sequence[str] | None = N
           complete: Callable | None = None, **defaults: object):
     """Settings from a command line. `defaults` replace those of the fields, in `--help` too.
 
-    complete  fills in settings; a UserError of its own is reported with the usage
+    complete  a function that fills in settings and raises UserError for what cannot be, reported
+              with the usage
     """
     parser = argparse.ArgumentParser(description=description)
     settings = settings_class(**defaults)

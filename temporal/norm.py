@@ -2,7 +2,8 @@
 
 A GroupNorm divides by the standard deviation of its whole input. Over a clip that includes the
 future: change the last frame, and the statistics of the clip change, and with them every earlier
-frame. So a network with causal convolutions and attention still uses what a rollout lacks.
+frame. So a network with causal convolutions and causal attention still uses a future that is not
+there in a rollout.
 
 `scope` says which frames the statistics of frame t include:
 
@@ -36,7 +37,8 @@ def past_by_definition(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 class TemporalNorm(nn.GroupNorm):
     """GroupNorm of a video with statistics over the frames that `scope` names, computed in float32.
 
-    With a cache, x holds the new frames alone. Raises ValueError for an unknown scope.
+    With a cache, x holds the new frames alone (temporal/streaming.py). Raises ValueError for an
+    unknown scope.
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, scope: str = "clip"):

@@ -165,7 +165,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 def stream_statistics(norm: nn.Module, mean: Tensor, var: Tensor, cache: Cache
                       ) -> tuple[Tensor, Tensor]:
-    """Mean and variance [B, groups, T] of new frames -> of all, [B, groups, past + T]."""
+    """Mean and variance [B, groups, T] of each new frame -> those of each cached and new one,
+    [B, groups, past + T]."""
     if past := cache.cached.get(norm):
         mean = torch.cat([past[0], mean], dim=-1)
         var = torch.cat([past[1], var], dim=-1)

@@ -73,7 +73,8 @@ def leave_processes() -> None:
 
 @contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C or SIGTERM writes its number into; a second one acts at once."""
+    """A list that Ctrl-C or SIGTERM writes its number into, while the block runs. A second one acts
+    at once."""
     stop: list[int] = []
 
     def note(number: int, _) -> None:

@@ -28,12 +28,10 @@ from torch import Tensor, nn
 
 
 def align_actions(actions: Tensor) -> Tensor:
-    """From "taken at frame t", as data files store actions, to "led to frame t", as the network
-    reads them.
+    """From "taken at frame t", as data files store actions, to "led to frame t", for the network.
 
     actions  [B, T, A], row t was taken at frame t
-    returns  [B, T, A], row t was taken at frame t-1; row 0 is zeros, and the last action falls out
-             of the clip
+    returns  [B, T, A], row t was taken at frame t-1; row 0 is zeros, the last action is left out
 
     Paper: section 4.2.
     """

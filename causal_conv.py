@@ -19,9 +19,8 @@ trained to see (t+1). `transfer_weights` has four ways to fill in the question m
     masked          0,   w₋₁,        w₀          weights in place; the future is dropped
     extrapolative   0,   w₋₁ - w₊₁,  w₀ + 2w₊₁   weights in place; a line stands in for the future
 
-`mixed` is the default here and the first version of the paper (v1). `extrapolative` is its later
-version (v2, v3) and that of the released checkpoints. No method adds, removes or renames a
-parameter.
+`mixed` is the default here and in the paper's first version (v1). `extrapolative` is that of its
+later ones (v2, v3) and of the released checkpoints. No method adds or renames a parameter.
 
     python causal_conv.py        shows the four on numbers
 
@@ -91,8 +90,7 @@ class TemporalConv(nn.Conv3d):
 
 
 class TemporalConvBlock(nn.Module):
-    """Four times norm, SiLU, temporal convolution, in one residual: the end of every residual block
-    of the U-Net.
+    """Four times norm, SiLU, temporal convolution, in one residual: the end of every `ResBlock`.
 
     DynamiCrafter's dropout of 0.1, from the second on, is part of the block. From scratch the last
     convolution is zero, so that a new block changes nothing.

@@ -10,8 +10,7 @@ gigabytes, without ever holding more than a few episodes in memory. Three steps 
                              whatever the number of workers or processes
 
 What a data set is stands in `DATA_SETS`: a new one of a known format is one entry; a new file
-format is two functions (episodes/formats.py). `folder` is for episodes of your own, whose shape is
-read from the files.
+format is two functions (episodes/formats.py). `folder` is your own: its files say what they are.
 
 Paper: appendix C.1.
 """
@@ -331,8 +330,7 @@ class Clips(torch.utils.data.Dataset):
     """Random clips without end: clip number i depends on the seed and on i, and on nothing else.
 
     An item is {"frames": uint8 [T, H, W, 3], "actions": float32 [T, A], "index": i, "damaged":
-    [message, …]}. A damaged episode is replaced by another draw and reported; "frames" is None if
-    no draw worked.
+    [message, …]}. A damaged episode is replaced by another draw; "frames" is None if none worked.
     """
 
     def __init__(self, episodes: Episodes, frames: int, size: tuple[int, int], seed: int,
@@ -363,8 +361,7 @@ class Clips(torch.utils.data.Dataset):
 def collate(clips: list[dict]) -> dict:
     """Stack clips into frames uint8 [B, T, H, W, 3] and actions [B, T, A].
 
-    If no clip could be drawn, the reason is returned as "error" and not raised: it has to cross
-    from a worker process.
+    If no clip could be drawn, "error" says why: nothing can be raised across worker processes.
     """
     damaged = [message for clip in clips for message in clip["damaged"]]
     if any(clip["frames"] is None for clip in clips):

@@ -1,8 +1,7 @@
 """Every frame its own noise level: diffusion forcing.
 
 A video diffusion model noises all frames of a clip equally and denoises them together, so it can
-only ever make whole clips. Give every frame a noise level of its own in training, drawn
-independently,
+only make whole clips. Give every frame a noise level of its own in training, drawn independently,
 
     training      k = 512  37 901 240 688        any mixture of clear and noisy frames
     rollout       k =  39  39  39  39 999→0      a clear past, and one frame being predicted
@@ -59,8 +58,7 @@ def draw_levels(shape: tuple[int, ...], generator: torch.Generator | None = None
 
 
 def rollout_levels(history: int, history_level: int, k: int, branches: int = 1) -> Tensor:
-    """Levels of a window, int64 [history + branches]: a history with little noise, the newest frame
-    at k. Paper: B.4."""
+    """Levels of a window, int64 [history + branches]: little noise, then k. Paper: B.4."""
     return torch.tensor([history_level] * history + [k] * branches)
 
 

@@ -62,8 +62,7 @@ class Classifier(nn.Module):
 
 
 def bins_of(actions: Tensor) -> Tensor:
-    """The bin of each number of actions [B, T, A], except the last, which leads beyond the clip:
-    [B, T - 1, A]."""
+    """The bin [B, T - 1, A] of each number of actions [B, T, A]; the last leads beyond the clip."""
     return torch.bucketize(actions[:, :-1].contiguous(), torch.tensor(EDGES, device=actions.device))
 
 

@@ -4,8 +4,7 @@ A checkpoint from somewhere else is a program until proven otherwise: PyTorch's 
 Here it is read with `weights_only=True` or not at all. The tensors of a large one stay on disk
 until they are used, so reading the 10 GB of DynamiCrafter costs nothing. Memory-mapping trusts an
 archive where it should not, however: its checksums are compared first (for a large file once: the
-verified size and time are remembered), and every tensor must lie where the archive says that it
-does, in full.
+verified size and time are remembered), and every tensor must lie whole where the archive says.
 """
 import json
 import struct
@@ -28,11 +27,9 @@ SMALL = 256 * 2**20  # bytes: a file up to this size is checked at every reading
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The content of a checkpoint file, PyTorch's or .safetensors. The tensors of one above SMALL
-    are left on disk.
+    """A checkpoint's content, PyTorch's or .safetensors; a file above SMALL is mapped, not read.
 
-    Raises CheckpointError if the file is missing, damaged, or holds anything but ordinary tensors
-    and plain values.
+    Raises CheckpointError if it is missing, damaged, or holds more than tensors and plain values.
     """
     path = Path(path)
     if not path.exists():

@@ -61,8 +61,7 @@ def augment(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One clip uint8 [T, H, W, 3] in other light and a little moved. Paper: appendix C.1.
 
     Factors of brightness, contrast and saturation in 0.9 .. 1.1, a hue shift within ±0.05 of the
-    circle, and a shift of up to 2 pixels at the borders of which the last pixels are repeated: the
-    same for all its frames.
+    circle, and a shift of up to 2 pixels, where the border is repeated: the same for all frames.
     """
     brightness, contrast, saturation = rng.uniform(0.9, 1.1, 3)
     hue = int(rng.integers(-12, 13))  # of 256

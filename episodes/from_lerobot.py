@@ -115,9 +115,8 @@ def choose_camera(info: Info, wanted: str | None) -> str:
 
 
 def list_episodes(src: Path, info: Info, camera: str) -> list[dict]:
-    """For each episode: index, length, the path of its table, of its video (None: the pictures lie
-    in the table), and where in that video it begins and ends (None: with the file). Raises
-    DataError."""
+    """For each episode: index, length, paths of its table and its video (None: the table holds the
+    pictures), and where in that it begins and ends (None: with the file). Raises DataError."""
     list_them = list_v3 if info.codebase_version == "v3.0" else list_v2
     try:
         with reading("the list of episodes"):

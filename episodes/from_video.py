@@ -111,8 +111,7 @@ def convert(settings: Settings) -> None:
 
 
 def read_first(episodes: list[tuple[Path, list[Path]]], src: Path) -> tuple[list[str], float]:
-    """The columns' names and the frame rate of the first episode that can be read. Raises
-    DataError."""
+    """Columns' names and frame rate of the first episode that can be read. Raises DataError."""
     problems = [f"{src} holds no video with a table beside it"] * (not episodes)
     for table, videos in episodes:
         try:

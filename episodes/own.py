@@ -15,8 +15,7 @@ keys      for play: a browser's name of a key -> what it does to one number, in 
 absolute  whether actions say where to be and not how to move: a key then adds its value to where
           the number is, and without a key all stay there
 
-Episodes whose names end in -val or -test, such as `kitchen_07-val`, are held out; without any, an
-eighth of all.
+Episodes whose names end in -val or -test (`kitchen_07-val`) are held out; else an eighth of all.
 """
 import json
 import os

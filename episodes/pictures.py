@@ -2,8 +2,7 @@
 
     episode_000/000000.jpg 000001.jpg …  actions.npy
 
-Row t of actions.npy was taken at the t-th picture. Numbers in names count as numbers: 2.jpg comes
-before 10.jpg.
+Row t of actions.npy was taken at the t-th picture. Names sort by number: 2.jpg before 10.jpg.
 """
 import re
 from pathlib import Path

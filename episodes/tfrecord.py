@@ -29,8 +29,7 @@ Rows = list[tuple[int, int, int]]  # offset, size and frames of every record
 
 
 def index(path: Path, image: str, actions: Actions) -> Rows:
-    """A row for every episode of a shard, found without reading its frames; frames is -1 if it is
-    damaged.
+    """A row for every episode of a shard, its frames unread; "frames" is -1 if it is damaged.
 
     image    the feature that lists the encoded pictures
     actions  (feature, how many numbers it has), …: what an action is made of
@@ -51,8 +50,7 @@ def index(path: Path, image: str, actions: Actions) -> Rows:
 
 def read(path: Path, offset: int, size: int, image: str, actions: Actions, start: int, stop: int
          ) -> tuple[list[memoryview], np.ndarray]:
-    """The encoded pictures start .. stop-1 of an episode, and their actions float32 [T, A]. Raises
-    DataError."""
+    """Encoded pictures start .. stop-1 of an episode and actions float32 [T, A], or DataError."""
     example = parse_example(read_record(path, offset, size))
     images = feature_bytes(example, image)
     columns = [feature_numbers(example, name) for name, _ in actions]
@@ -96,11 +94,9 @@ def is_intact(path: Path, offset: int, size: int) -> bool:
 
 
 def walk_records(path: Path) -> Iterator[tuple[int, int, memoryview]]:
-    """Offset, size and payload of every record of a shard. The payload is a view of the file: only
-    what is looked at is read.
+    """Offset, size and payload of every record of a shard. The payload is a view of the file.
 
-    Checks the lengths and their checksums; raises DataError for a shard that is empty, truncated or
-    damaged.
+    Checks lengths and their checksums; raises DataError for an empty, truncated or damaged shard.
     """
     size = os.path.getsize(path)
     if other := stand_in(path):

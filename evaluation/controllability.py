@@ -6,8 +6,7 @@ then reads it off predicted ones:
 
     recorded   actions from an episode's first frame: how far is the gripper from where it was?
     shuffled   the actions of another episode: how far, if actions were ignored or unknown?
-    sweeps     from one frame, 8 steps of full speed along +x, -x, +y, -y, +z, -z: does it go to
-               that side?
+    sweeps     from one frame, 8 steps at full speed along +x, -x, +y, -y, +z, -z: does it go there?
 
 for several strengths of guidance and ranges of noise levels at which guidance applies.
 """

@@ -80,8 +80,7 @@ def open_reader(path: Path, episodes: Episodes, steps: int, source: str | None =
 
 
 def apart(poses: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distance in map units, and difference in degrees to the left (-180 .. 180), of poses [..., 3]
-    from others."""
+    """Of poses [..., 3] from others: map units, and degrees to the left (-180 .. 180)."""
     distance = np.linalg.norm(poses[..., :2] - others[..., :2], axis=-1)
     return distance, (poses[..., 2] - others[..., 2] + 180) % 360 - 180
 

@@ -4,8 +4,7 @@
     LPIPS         the same through the eyes of VGG: distance of features, frame by frame
     FID           do predicted frames look like real ones, as sets? Inception's features of each
                   set as a Gaussian
-    FVD           do imagined videos move like real ones? The same with the features of I3D, a
-                  network for videos
+    FVD           do imagined videos move like real ones? The same with I3D, a network for videos
 
 The last three need a network that others trained, as TorchScript, as the community measures:
 

@@ -1,5 +1,4 @@
-"""Memory: frozen parts in half precision, and what the C library does on the CPU with memory that
-PyTorch gives back."""
+"""Memory: frozen parts in half precision, and what the C library does with what is given back."""
 import ctypes
 import sys
 from functools import partial
@@ -40,8 +39,7 @@ def encode_once(autoencoder: Autoencoder, most: int = 100_000) -> None:
 
 
 def recompute_activations(unet: UNet) -> None:
-    """Keep no activations of the layers: the backward pass computes them again. Less memory, more
-    time."""
+    """Less memory for more time: the backward pass computes the layers' activations again."""
     for block in [*unet.input_blocks, unet.init_attn, unet.middle_block, *unet.output_blocks]:
         for layer in block:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -1,8 +1,6 @@
-"""Models from and to disk: original checkpoints, released ones, runs of train.py, and the bundled
-files.
+"""Models from and to disk: original checkpoints, released ones, runs of train.py, bundled files.
 
-A run folder holds `checkpoint.pt`, the trained weights and the optimizer, and `frozen.pt`, the
-rest, written once.
+A run folder holds `checkpoint.pt`, trained weights and optimizer, and `frozen.pt`, the rest.
 """
 import os
 from collections.abc import Iterator
@@ -135,8 +133,7 @@ def preset_of(path: str | Path) -> str:
     """Which of PRESETS a DynamiCrafter checkpoint is of. Raises CheckpointError.
 
     The small ones say so. The 512 and the 1024 model have the same parameters; their noise
-    schedules differ, and the checkpoint's own `scale_arr` falls to the signal scale of its
-    schedule.
+    schedules differ, and the checkpoint's `scale_arr` falls to its signal scale.
     """
     content = read_checkpoint(checkpoint_file(path))
     if "preset" in content:
@@ -176,8 +173,7 @@ def save(path: str | Path, content: dict) -> None:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint of a run folder, the largest in one that huggingface_hub has left, or the file
-    itself."""
+    """The file itself, the checkpoint of a run folder, or the largest that huggingface_hub left."""
     path = Path(path)
     if not path.is_dir():
         return path

@@ -1,5 +1,4 @@
-"""The whole model: the U-Net and everything around it that turns frames into what it reads, and
-back.
+"""The whole model: the U-Net and all that turns frames into what it reads, and back.
 
     frames ──autoencoder──▶ latents ─────────────▶ x, and the anchor's latents beside it ┐
     anchor frame ──image tower──▶ 257 tokens                                             ├▶ U-Net
@@ -8,8 +7,7 @@ back.
                                                                                            velocity
 
 Training and sampling go through the same five methods: `encode`, `image_tokens`, `context`,
-`denoise`, `decode`. Whoever wants another base than DynamiCrafter writes another class with these
-five.
+`denoise`, `decode`. Another base than DynamiCrafter is another class with these five.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -172,8 +170,7 @@ class Model(nn.Module):
 
 
 def plain_statistics(action_dim: int) -> Tensor:
-    """Mean, standard deviation and clipping distance [3, A] with which `standardise` changes
-    nothing."""
+    """Mean, deviation and clipping distance [3, A] with which `standardise` changes nothing."""
     return torch.tensor([0.0, 1.0, float("inf")])[:, None].repeat(1, action_dim)
 
 

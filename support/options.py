@@ -39,8 +39,7 @@ def parse(settings_class: type, description: str, argv: Sequence[str] | None = N
           complete: Callable | None = None, **defaults: object):
     """Settings from a command line. `defaults` replace those of the fields, in `--help` too.
 
-    complete  a function that fills in settings and raises UserError for what cannot be, reported
-              with the usage
+    complete  fills in settings, and raises UserError for what cannot be, shown with the usage
     """
     parser = argparse.ArgumentParser(description=description)
     settings = settings_class(**defaults)

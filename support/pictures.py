@@ -57,8 +57,7 @@ def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8,
 
 def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float,
              captions: Sequence[str] = ()) -> None:
-    """An animation of videos side by side, uint8 [T, H, W, 3] each, labelled; it stops for a second
-    at the end.
+    """An animation of labelled videos side by side, uint8 [T, H, W, 3]; it ends with a pause.
 
     captions  what led to each frame, written below
     """
@@ -94,8 +93,7 @@ def gif_duration(fps: float) -> int:
 
 def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, ...]]],
                 x_label: str, least: float = 0) -> None:
-    """Lines through points (x, y), or (x, y, lowest y, highest y), on shared axes, one colour per
-    entry; y begins at `least`."""
+    """A line per entry through points (x, y) or (x, y, lowest y, highest y); y from `least` on."""
     curves = {label: points for label, points in curves.items() if len(points)}
     width, height, left, top, right, bottom = 900, 400, 60, 20, 210, 40
     image = Image.new("RGB", (width, height), "white")

@@ -1,8 +1,7 @@
 """Streaming: one new frame at a time, and a cache of what the frames before leave behind.
 
-A causal network never looks ahead, so a new frame changes nothing about the frames before it. A
-rollout therefore runs the network on the new frame alone, and each temporal layer caches what the
-next frame needs of the past:
+A causal network never looks ahead, so a new frame changes nothing about those before it. A rollout
+runs the network on the new frame alone, and each temporal layer caches what it needs of the past:
 
     frames    0   1   2   3   4  |  5        convolution   its inputs at 3 and 4 (kernel of 3)
               ────────────────── |  ─        attention     keys and values of 0 .. 4

@@ -73,8 +73,7 @@ def leave_processes() -> None:
 
 @contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C or SIGTERM writes its number into, while the block runs. A second one acts
-    at once."""
+    """A list into which Ctrl-C or SIGTERM writes its number. A second one acts at once."""
     stop: list[int] = []
 
     def note(number: int, _) -> None:

@@ -65,3 +65,4 @@ python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 11
 
 # 5. Policies of very different skill that close the drawer, the eye that judges them, and the truth.
 python -m bundled.train_policies
+python -m bundled.judge_in_simulator

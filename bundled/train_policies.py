@@ -8,10 +8,6 @@ do there. Noise pushes the expert off its way, so that there are frames to learn
 back. Most checkpoints are from the beginning of the run: after a twentieth of it the drawer is
 closed six times out of seven. A second network, the success classifier of evaluation/policies.py,
 reads off the same frames, and those of random motions, how far the drawer is open.
-
-Then every policy acts in the simulator, from 50 seeded starts. Each start's first frame, and what a
-policy did there and how far the drawer was open at every frame, is the truth that
-evaluation/policies.py compares with.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +17,8 @@ import torch
 from tqdm import tqdm
 
 from bundled.record_drawer import STEPS_PER_FRAME, Simulator, plan
-from evaluation.policies import (CLOSED, HORIZON, MARKS, POLICIES, STARTS, UNIT, load_policies,
-                                 policy_network, verifier_network)
-from evaluation.readers import FrameReader, fit
+from evaluation.policies import MARKS, POLICIES, UNIT, policy_network, verifier_network
+from evaluation.readers import fit
 from model.saving import save
 from support.options import option, program
 
@@ -79,12 +74,10 @@ class Settings:
     episodes: int = option(200, "of the expert", least=21)
     verifier_steps: int = option(4000, "of the success classifier")
     recorded: str = option("recorded/policies.npz", "file of what is recorded")
-    starts: int = option(50, "in the simulator, of every policy")
     out: str = option(str(POLICIES), "file of the policies")
-    truth: str = option(str(STARTS), "file of how they fare")
 
 
-def train(args: Settings) -> None:
+def run(args: Settings) -> None:
     rows = record_all(Path(args.recorded), args.episodes)
     held_out = 20  # the last episodes at random, and as many of the expert
 
@@ -110,41 +103,7 @@ def train(args: Settings) -> None:
           f"on {tested.sum()} held-out episodes")
     save(args.out, {"policies": weights, "verifier": {
         name: tensor.half() for name, tensor in verifier.state_dict().items()}})
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
 
 
-def drive(simulator: Simulator, policy: FrameReader, seed: int
-          ) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Frames, what was done between them [HORIZON, 4], and how far the drawer is open at each."""
-    begin(simulator, np.random.default_rng([11, seed]))
-    frames, actions, openings = [simulator.render()], [], [opening(simulator)]
-    for _ in range(HORIZON):
-        actions.append(np.clip(policy.read(frames[-1][None])[0], -1, 1))
-        hold(simulator, actions[-1])
-        frames.append(simulator.render())
-        openings.append(opening(simulator))
-    return np.stack(frames), np.stack(actions), openings
-
-
-def judge(args: Settings) -> None:
-    """How often do the policies close the drawer, and does the classifier see it?"""
-    simulator, (policies, verifier) = Simulator(TASK), load_policies(Path(args.out))
-    truth, agree = {}, []
-    for name, policy in policies.items():
-        runs = [drive(simulator, policy, seed) for seed in tqdm(range(args.starts), name)]
-        frames, actions, openings = (np.stack(each) for each in zip(*runs, strict=True))
-        truth |= {"frames": frames[:, 0], name: openings.astype(np.float32),
-                  f"{name}, actions": actions.astype(np.float32)}
-        closed = openings[:, -1] < CLOSED
-        agree.append((verifier.opening(frames[:, -1]) < CLOSED) == closed)
-        print(f"{name}: {100 * closed.mean():.0f} % of {args.starts} closed", flush=True)
-    print(f"the classifier agrees with the simulator on {100 * np.mean(agree):.1f} % of the ends")
-    np.savez_compressed(args.truth, **truth)
-
-
-def run(args: Settings) -> None:
-    train(args)
-    judge(args)
-
-
-main = program(__name__, "train_policies", run, Settings, "Train policies and the classifier, and "
-               "see how they fare.")
+main = program(__name__, "train_policies", run, Settings, "Train policies and the classifier.")

@@ -6,14 +6,14 @@
 
 From a real first frame, a policy sees a frame and acts, the model predicts the next, and so on for
 40 frames; then a success classifier says whether the drawer is closed. What counts is whether the
-model orders the policies as reality does, here a simulator (bundled/train_policies.py):
+model orders the policies as reality does, here a simulator (bundled/judge_in_simulator.py):
 
     Pearson r   of success in the model and in the simulator, over the policies
     MMRV        mean maximum rank violation: for each policy the largest true difference from one
                 that the model puts on the wrong side of it, averaged (Li et al. 2024, SIMPLER)
 
 Two controls must fail: a world whose actions are another start's, and one in which nothing moves.
-The bundled policies are checkpoints of one run of behaviour cloning.
+The bundled policies are checkpoints of one run of behaviour cloning (bundled/train_policies.py).
 Your own, for a world of your own recordings:
 
     python -m evaluation.train_verifier labels.csv --root my_robot --out verdict.pt

@@ -58,7 +58,8 @@ def draw_levels(shape: tuple[int, ...], generator: torch.Generator | None = None
 
 
 def rollout_levels(history: int, history_level: int, k: int, branches: int = 1) -> Tensor:
-    """Levels of a window, int64 [history + branches]: little noise, then k. Paper: B.4."""
+    """Levels of a window, int64 [history + branches]: a history with little noise, the newest frame
+    at k. Paper: B.4."""
     return torch.tensor([history_level] * history + [k] * branches)
 
 

@@ -174,7 +174,7 @@ class WorldModel:
     def reset(self, frames: np.ndarray, actions: np.ndarray | None = None) -> None:
         """Begin a world from what was seen.
 
-        frames   uint8 [T0, H, W, 3] of any size, or [B, T0, H, W, 3] for B worlds side by side
+        frames   uint8 [T0, H, W, 3], or [B, T0, H, W, 3] for B worlds side by side; any H and W
         actions  [T0 - 1, A] or [B, T0 - 1, A]: what was done between them; None hides it
 
         Raises RequestError for other shapes, types or infinite numbers, and leaves the world as is.
@@ -263,8 +263,9 @@ class WorldModel:
         return self.guided(v[:, -1:].float().chunk(n))
 
     def velocity_cached(self, window: Window, x: Tensor, k: int) -> Tensor:
-        """The same with the cache: one pass over the branches of x, side by side in time, and what
-        the cache lacks of the history (at first the frame before; in a new window all)."""
+        """The same with the cache: one pass over the branches of x, side by side in time, and over
+        what the cache lacks of the history (in the first pass of a step the frame before; in a new
+        window all)."""
         T = window.length
         start = self.cache.frames
         keep_action = self.branches(k)
@@ -377,7 +378,8 @@ def rollout(world: WorldModel, frames: np.ndarray, actions: np.ndarray, context_
             ) -> np.ndarray:
     """Imagine an episode: the first `context_frames` frames are given, then one frame per action.
 
-    frames [at least these, H, W, 3], actions [T - 1, A]; returns uint8 [T, h, w, 3], as the model.
+    frames [at least these, H, W, 3], actions [T - 1, A]; returns uint8 [T, H, W, 3] at the model's
+    size.
     """
     world.reset(frames[:context_frames], actions[: context_frames - 1])
     given = list(to_frames(world.window.pixels)[0])

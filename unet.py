@@ -358,11 +358,12 @@ def load_dynamicrafter(checkpoint: Checkpoint, config: UNetConfig, transfer: str
 
 def load_vid2world(checkpoint: Checkpoint, config: UNetConfig, source: str | Path | None = None
                    ) -> UNet:
-    """The U-Net of a checkpoint that Vid2World's authors released. It differs in three things.
+    """The U-Net of a checkpoint by Vid2World's authors, which differs from ours in three things.
 
     Its norms see the whole clip (the default norm_scope, "clip"), so it is not strictly causal; its
     output convolution is `HeightCausalConv2d`; and it wants all image tokens at every frame unless
-    the clip is of full length, which the caller provides. Raises CheckpointError for a misfit.
+    the clip is of full length, which is for the caller to provide. Raises CheckpointError for a
+    file that does not fit.
     """
     # Their causal convolutions wrap PyTorch's, which puts an infix into the names.
     weights = {name.replace(".conv3d.", ".").replace(".conv2d.", "."): weight

@@ -161,7 +161,7 @@ class Autoencoder(nn.Module):
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """[B, T, 3, H, W] in [-1, 1] -> latents [B, T, C, h, w] of about unit standard deviation.
 
-        noise  standard Gaussian, as the latents, to sample the posterior; None takes its mean
+        noise  standard Gaussian, in the latents' shape: a sample of the posterior; None: its mean
         """
         moments = self.frames_at_a_time(self.moments, pixels, pixels[0, 0, 0].numel())
         mean, log_variance = moments.chunk(2, dim=2)  # [B, T, C, h, w]

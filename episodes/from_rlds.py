@@ -38,7 +38,8 @@ PER_STEP = ("steps/is_first", "steps/is_last", "steps/is_terminal", "steps/rewar
 
 
 def list_records(shards: list[Path]) -> list[tuple[Path, int, int, int]]:
-    """Path, number, offset and size of every record. Names damaged shards; DataError if all are."""
+    """Path, number, offset and size of every record. A shard that is damaged is named and left out.
+    Raises DataError if all are."""
     records, problems = [], []
     for path in shards:
         try:

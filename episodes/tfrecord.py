@@ -50,7 +50,8 @@ def index(path: Path, image: str, actions: Actions) -> Rows:
 
 def read(path: Path, offset: int, size: int, image: str, actions: Actions, start: int, stop: int
          ) -> tuple[list[memoryview], np.ndarray]:
-    """Encoded pictures start .. stop-1 of an episode and actions float32 [T, A], or DataError."""
+    """The encoded pictures start .. stop-1 of an episode, and their actions float32 [T, A]. Raises
+    DataError."""
     example = parse_example(read_record(path, offset, size))
     images = feature_bytes(example, image)
     columns = [feature_numbers(example, name) for name, _ in actions]
@@ -94,7 +95,8 @@ def is_intact(path: Path, offset: int, size: int) -> bool:
 
 
 def walk_records(path: Path) -> Iterator[tuple[int, int, memoryview]]:
-    """Offset, size and payload of every record of a shard. The payload is a view of the file.
+    """Offset, size and payload of every record of a shard. The payload is a view of the file: only
+    what is looked at is read.
 
     Checks lengths and their checksums; raises DataError for an empty, truncated or damaged shard.
     """

@@ -104,7 +104,8 @@ def imagine(row: str, seed: int, settings: Settings, held_out: HeldOut) -> np.nd
 
 
 def measure(row: str, seed: int, settings: Settings, held_out: HeldOut) -> dict[str, float]:
-    """PSNR, SSIM and gripper error of a row and seed, kept or made now; beside them a clip."""
+    """PSNR, SSIM and the gripper's error of a row and seed, from its file or made now; the clip
+    that is shown lies beside it."""
     file = Path(settings.out) / f"{row.replace(' ', '_')}_{seed}.json"
 
     def make() -> dict[str, float]:

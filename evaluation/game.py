@@ -80,7 +80,7 @@ def open_reader(path: Path, episodes: Episodes, steps: int, source: str | None =
 
 
 def apart(poses: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of poses [..., 3] from others: map units, and degrees to the left (-180 .. 180)."""
+    """How far poses [..., 3] are from others: map units, and degrees to the left (-180 .. 180)."""
     distance = np.linalg.norm(poses[..., :2] - others[..., :2], axis=-1)
     return distance, (poses[..., 2] - others[..., 2] + 180) % 360 - 180
 

@@ -5,7 +5,8 @@
 
 An imperfect policy closes a drawer (evaluation/policies.py). A proposal is that policy with a noise
 of its own on top. At a decision K of them are imagined for H frames, all in the same noise of the
-world; a small network reads off their ends how far the drawer is open. The best is followed.
+world; a small network reads off their ends how far the drawer is open. The best is followed,
+until it is decided anew.
 
     policy alone   no noise, no world          world      the best in the world
     random         any of the proposals        CEM        the same, then as many more about

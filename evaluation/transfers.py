@@ -67,7 +67,8 @@ def compare(passive: Seen, causal: Seen) -> tuple[np.ndarray, float]:
 
 
 def from_line_and_from_zero(x: Tensor) -> tuple[float, float]:
-    """Distance of features x [levels, B, C, T, h, w] from the last two frames' line, and from 0."""
+    """Distance of features x [levels, B, C, T, h, w] from the line through the two frames before,
+    and from zero."""
     line = 2 * x[:, :, :, 1:-1] - x[:, :, :, :-2]
     return (x[:, :, :, 2:] - line).norm().item(), x[:, :, :, 2:].norm().item()
 

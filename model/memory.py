@@ -1,4 +1,4 @@
-"""Memory: frozen parts in half precision, and what the C library does with what is given back."""
+"""Memory: frozen parts in half precision, activations computed again, a heap that is kept."""
 import ctypes
 import sys
 from functools import partial

@@ -133,7 +133,7 @@ def preset_of(path: str | Path) -> str:
     """Which of PRESETS a DynamiCrafter checkpoint is of. Raises CheckpointError.
 
     The small ones say so. The 512 and the 1024 model have the same parameters; their noise
-    schedules differ, and the checkpoint's `scale_arr` falls to its signal scale.
+    schedules differ, and the least of a checkpoint's `scale_arr` is its signal scale.
     """
     content = read_checkpoint(checkpoint_file(path))
     if "preset" in content:
@@ -173,7 +173,7 @@ def save(path: str | Path, content: dict) -> None:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The file itself, the checkpoint of a run folder, or the largest that huggingface_hub left."""
+    """The file itself, a run folder's checkpoint, or the largest that huggingface_hub has left."""
     path = Path(path)
     if not path.is_dir():
         return path

@@ -37,7 +37,8 @@ def past_by_definition(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 class TemporalNorm(nn.GroupNorm):
     """GroupNorm of a video with statistics over the frames that `scope` names, computed in float32.
 
-    With a cache, x holds the new frames alone (temporal/streaming.py). Raises ValueError.
+    With a cache, x holds the new frames alone (temporal/streaming.py). Raises ValueError for an
+    unknown scope.
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, scope: str = "clip"):

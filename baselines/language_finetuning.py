@@ -21,7 +21,7 @@ from data import DataSet, Episode, Episodes
 from dynamicrafter.checkpoint import load_part, read_lightning
 from dynamicrafter.clip import TextTower
 from model.vid2world import PRESETS, Model, ModelConfig
-from support.errors import RequestError
+from support.errors import optional
 from training.settings import Settings
 from training.start import Recipe
 
@@ -47,11 +47,8 @@ def word_numbers(words: Sequence[str]) -> np.ndarray:
 
 def clip_tokens(caption: str) -> np.ndarray:
     """[LENGTH] token numbers of CLIP, zeros behind them. Raises RequestError without open_clip."""
-    try:
-        import open_clip
-    except ImportError:
-        raise RequestError("captions at full size need CLIP's tokenizer: pip install "
-                           "open_clip_torch") from None
+    open_clip = optional("open_clip", "captions at full size need CLIP's tokenizer",
+                         "open_clip_torch")
     return open_clip.tokenize([caption], context_length=LENGTH)[0].numpy()
 
 

@@ -36,7 +36,7 @@ from bundled import record_drawer
 from bundled.record_drawer import held, record_files, smooth_noise, to_jpeg
 from episodes.csgo import MOUSE_X, csgo_action
 from episodes.tfrecord import encode_example
-from support.errors import RequestError
+from support.errors import optional
 from support.options import option, program
 
 HEIGHT, WIDTH = 64, 80
@@ -115,13 +115,7 @@ def write_wad(path: Path, text: str) -> None:
 # The game
 
 
-def doom():
-    """The game's module. Raises RequestError where it is not installed."""
-    try:
-        import vizdoom
-    except ImportError:
-        raise RequestError("recording needs the game: pip install vizdoom") from None
-    return vizdoom
+doom = partial(optional, "vizdoom", "recording needs the game")
 
 
 class Game:

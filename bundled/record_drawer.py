@@ -42,7 +42,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from episodes.tfrecord import encode_example, write_records
-from support.errors import RequestError
+from support.errors import optional
 from support.options import option, program
 
 FRAMES, STEPS_PER_FRAME = 24, 6  # of an episode, if nothing is said; of the simulator, held
@@ -68,14 +68,10 @@ def meta_world() -> tuple:
     """MuJoCo, and Meta-World's environments and expert policies by task. Raises RequestError where
     they are not installed."""
     os.environ.setdefault("MUJOCO_GL", "osmesa")
-    try:
-        import mujoco
-        from metaworld import ALL_V3_ENVIRONMENTS
-        from metaworld.policies import ENV_POLICY_MAP
-    except ImportError as error:
-        raise RequestError(f"recording needs the simulator ({error}): pip install metaworld "
-                           "mujoco packaging") from None
-    return mujoco, ALL_V3_ENVIRONMENTS, ENV_POLICY_MAP
+    mujoco, metaworld, policies = (
+        optional(module, "recording needs the simulator", "metaworld mujoco packaging")
+        for module in ("mujoco", "metaworld", "metaworld.policies"))
+    return mujoco, metaworld.ALL_V3_ENVIRONMENTS, policies.ENV_POLICY_MAP
 
 
 class Simulator:

@@ -20,9 +20,12 @@ import numpy as np
 
 from episodes.video import frames_at, import_av
 from episodes.writing import Source, rows_of, side_by_side, write_episodes
-from support.errors import DataError, UserError, reading
+from support.errors import DataError, UserError, optional, reading
 from support.options import argument, option, program
 from support.schema import conform
+
+import_parquet = partial(optional, "pyarrow.parquet", "reading LeRobot data sets needs pyarrow",
+                         "pyarrow av")
 
 
 @dataclass
@@ -34,19 +37,11 @@ class Settings:
     action: str = option("action", "key of the actions")
 
 
-def import_pyarrow():
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError("reading LeRobot data sets needs pyarrow: pip install pyarrow av") from None
-    return pyarrow.parquet
-
-
 @lru_cache(maxsize=2)
 def read_table(path: Path):
     """A parquet file. Episodes of one file come one after the other, so the last is kept."""
     with reading(path):
-        return import_pyarrow().read_table(path)
+        return import_parquet().read_table(path)
 
 
 @dataclass(frozen=True)
@@ -233,7 +228,7 @@ def convert(settings: Settings) -> None:
     cameras = [choose_camera(info, wanted) for wanted in settings.camera or [None]]
     if settings.action not in info.features:
         raise DataError(f"there is no {settings.action!r}; there are {', '.join(info.features)}")
-    import_pyarrow()
+    import_parquet()
     if any(info.features[camera].dtype == "video" for camera in cameras):
         import_av()
     episodes = list(zip(*(list_episodes(src, info, camera) for camera in cameras), strict=True))

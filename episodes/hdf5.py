@@ -9,17 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from episodes.npz import Actions
-from support.errors import DataError, reading
+from support.errors import DataError, optional, reading
 
 LARGEST = 2**26  # numbers in a frame
 
 
 def open_file(path: Path):
-    try:
-        import h5py
-    except ImportError:
-        raise DataError("reading HDF5 files needs h5py: pip install h5py") from None
-    return h5py.File(path, "r")
+    return optional("h5py", "reading HDF5 files needs h5py").File(path, "r")
 
 
 def index(path: Path, image: str, actions: Actions) -> list[tuple[int, int, int]]:

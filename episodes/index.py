@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from episodes.formats import episode_name
-from support.errors import DataError
+from support.errors import DataError, UserError
 from support.options import cache_folder
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")  # a folder's name in TFDS
@@ -110,7 +110,7 @@ def load_index(name: str, root: Path, paths: list[Path],
         for i in tqdm(changed, desc="indexing", unit="file", disable=len(changed) < 20):
             try:
                 rows = np.array(index_file(paths[i]), dtype=np.int64).reshape(-1, 3)
-            except DataError:
+            except UserError:
                 raise
             except Exception:  # damaged in a way of its own: the others are used
                 rows = np.array([[0, 0, -1]])

@@ -5,19 +5,14 @@ a frame is taken for a row only if it was shown within half a frame of the row's
 frame between the first and the last row must have one.
 """
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from support.errors import DataError, reading
+from support.errors import DataError, optional, reading
 
-
-def import_av():
-    try:
-        import av
-    except ImportError:
-        raise DataError("reading videos needs PyAV: pip install av") from None
-    return av
+import_av = partial(optional, "av", "reading videos needs PyAV")
 
 
 def frames_at(path: Path, due: np.ndarray, fps: float, whole: bool = True) -> Iterator[np.ndarray]:

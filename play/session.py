@@ -13,7 +13,7 @@ from model.vid2world import to_frames
 from play.keys import Keyboard
 from sample import Window, WorldModel
 from support.errors import UserError
-from support.pictures import gif_duration, gif_stride
+from support.pictures import enlarge, write_gif
 
 RING, LONGEST_GIF = 16, 600  # frames that one can go back to, and that an animation has at most
 
@@ -71,14 +71,11 @@ class Session:
 
     def gif(self) -> bytes:
         with self.changed:
-            frames = [frame for _, frame in self.played][:: gif_stride(self.dataset.fps)]
+            frames = [frame for _, frame in self.played]
         if not frames:
             raise BadRequest(404, "nothing has been played yet")
-        factor = max(1, 256 // frames[0].shape[0])
-        images = [Image.fromarray(frame.repeat(factor, 0).repeat(factor, 1)) for frame in frames]
-        file, duration = BytesIO(), gif_duration(self.dataset.fps)
-        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=duration,
-                       loop=0)
+        images = [Image.fromarray(enlarge(frame[None], 256)[0]) for frame in frames]
+        write_gif(file := BytesIO(), images, self.dataset.fps)
         del images
         trim_malloc_heap()
         return file.getvalue()

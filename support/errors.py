@@ -1,9 +1,11 @@
 """Errors that a user can fix: a command prints one as a sentence, and exits with code 2."""
+import importlib
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 
 class UserError(ValueError):
@@ -31,6 +33,17 @@ def require_finite(what: str, number: float, advice: str = "a smaller learning r
     """Raises DivergedError for NaN and infinities: nothing can be learned from them."""
     if not math.isfinite(number):
         raise DivergedError(f"{what} is {number:g}, not a finite number; {advice}")
+
+
+def optional(module: str, purpose: str, packages: str | None = None) -> ModuleType:
+    """A module that few need, imported where it is used. Raises RequestError where it is missing.
+
+    packages  what to install, if that is called otherwise
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RequestError(f"{purpose} ({error}): pip install {packages or module}") from None
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Pictures for people: film strips, animations, curves, drawn with pillow alone; and PSNR."""
 import textwrap
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def save_strip(path: str | Path, rows: dict[str, np.ndarray], columns: int = 8,
 
 def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float,
              captions: Sequence[str] = ()) -> None:
-    """An animation of labelled videos side by side, uint8 [T, H, W, 3]; it ends with a pause.
+    """An animation of labelled videos side by side, uint8 [T, H, W, 3].
 
     captions  what led to each frame, written below
     """
@@ -75,20 +76,17 @@ def save_gif(path: str | Path, columns: dict[str, np.ndarray], fps: float,
         if captions:
             draw.text((2, height + 27), f"action: {captions[t]}", fill=INK, font=font)
         images.append(image)
-    images, duration = images[:: gif_stride(fps)], gif_duration(fps)
-    durations = [duration] * (len(images) - 1) + [1000]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    write_gif(path, images, fps)
 
 
-def gif_stride(fps: float) -> int:
-    """Which frames of a video an animation has: every one up to 50 a second. Browsers show shorter
-    delays than 20 ms as 100 ms."""
-    return -(-round(fps) // 50)
-
-
-def gif_duration(fps: float) -> int:
-    """Milliseconds that each of them is shown; a GIF counts in hundredths of a second."""
-    return max(20, 10 * round(100 * gif_stride(fps) / fps))
+def write_gif(file: str | Path | BytesIO, images: Sequence[Image.Image], fps: float) -> None:
+    """An animation that ends with a pause. It shows at most 50 pictures a second and leaves out the
+    others: browsers show delays below 20 ms as 100 ms, and a GIF counts in hundredths of a second.
+    """
+    stride = -(-round(fps) // 50)
+    first, *others = images[::stride]
+    durations = [max(20, 10 * round(100 * stride / fps))] * len(others) + [1000]
+    first.save(file, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def save_curves(path: str | Path, curves: dict[str, Sequence[tuple[float, ...]]],

@@ -25,7 +25,7 @@ from data import DATA_SETS, SAMPLES, Clips, collate, fit_frames, open_episodes
 from dynamicrafter.autoencoder import AutoencoderConfig
 from dynamicrafter.clip import ImageTowerConfig, TextTowerConfig
 from dynamicrafter.resampler import ResamplerConfig
-from episodes import recon, tfrecord
+from episodes import from_lerobot, from_video, recon, tfrecord
 from episodes.csgo import csgo_action
 from episodes.csgo import describe as describe_csgo
 from episodes.crc32c import crc32c
@@ -39,7 +39,7 @@ from model.saving import from_vid2world, from_world, load_model
 from model.vid2world import ModelConfig
 from play.keys import Keyboard
 from support import pictures
-from support.errors import CheckpointError, DataError
+from support.errors import CheckpointError, DataError, RequestError
 from support.pictures import psnr
 from testing.commands import folder, needs, raises, refused, run_command
 from testing.episodes import encode_jpeg, flip_byte, make_csgo, make_episode, make_rt1, shard_of
@@ -405,10 +405,17 @@ def test_the_51_numbers_of_csgo_are_read_in_words():
     assert describe_csgo(keyboard.take_action()) == "w, mouse 0, 0"
 
 
-def test_a_recorder_without_its_simulator_says_what_to_install():
-    with mock.patch.dict(sys.modules, {"mujoco": None, "vizdoom": None}):
+def test_what_needs_another_package_says_which():
+    (root := folder()).joinpath("jackal_a.hdf5").write_bytes(b"frames and actions")
+    missing = ("mujoco", "vizdoom", "h5py", "av", "pyarrow.parquet")
+    with mock.patch.dict(sys.modules, dict.fromkeys(missing)):
         refused(record_drawer.main, "--out", folder(), saying="pip install metaworld mujoco")
         refused(record_arena.main, "--out", folder(), saying="pip install vizdoom")
+        refused(from_video.main, root, folder() / "new", saying="pip install av")
+        with raises(RequestError, "pip install pyarrow av"):
+            from_lerobot.import_parquet()
+        with raises(RequestError, "pip install h5py"):
+            open_episodes("recon", root, "all")
 
 
 def test_each_simulator_draws_its_own_world_and_varies_it_anew():

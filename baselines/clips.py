@@ -26,6 +26,8 @@ from training.start import Recipe
 from unet import Context
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x [B, T, C, h, w] and k [B, T] -> v
+# Settings of their training: one level a clip, from all levels alike, and no action hidden.
+CLIPS = {"shared_level": True, "low_noise_prob": 0.0, "action_dropout": 0.0}
 
 
 def base_of(settings: Settings, dataset: DataSet) -> Model:
@@ -64,13 +66,12 @@ def build_beside(kind: type[Model], part: str, settings: Settings, dataset: Data
 
 
 def baseline(module: str, recipe: Callable[[Settings], Recipe]) -> Callable:
-    """The `main` of a baseline, as `support.options.program` makes one: options of train.py, one
-    level a clip, no action hidden. `recipe` says what is trained, from the settings."""
+    """The `main` of a baseline, as `support.options.program` makes one: options of train.py, and
+    CLIPS. `recipe` says what is trained, from the settings."""
     def main(argv: Sequence[str] | None = None) -> int:
         def run() -> int:
             settings = parse_arguments(argv)
-            chosen = replace(settings, shared_level=True, action_dropout=0.0)
-            return train(chosen, recipe(settings))
+            return train(replace(settings, **CLIPS), recipe(settings))
 
         return command(Path(sys.argv[0]).stem, run)
 

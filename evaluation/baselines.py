@@ -25,7 +25,7 @@ import numpy as np
 import train
 from baselines import (action_finetuning, avid, classifier_guidance, controlnet,
                        language_finetuning)
-from baselines.clips import base_of, sample_clips
+from baselines.clips import CLIPS, base_of, sample_clips
 from evaluation.comparison import (HeldOut, TrainingSettings, decisive, kept, measure_all,
                                    open_held_out, post_train, table)
 from evaluation.controllability import PIXEL
@@ -38,7 +38,6 @@ from support.options import option, program
 from support.pictures import save_strip
 from training.settings import Settings as TrainSettings
 
-CLIPS = {"shared_level": True, "action_dropout": 0.0}  # one level a clip and no action hidden
 RECIPES = {  # row -> what trains it, and with which settings; rows with one name share a run
     "classifier guidance": ("classifier", classifier_guidance.RECIPE, CLIPS),
     "ControlNet": ("controlnet", controlnet.RECIPE, CLIPS),

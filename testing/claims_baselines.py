@@ -210,7 +210,8 @@ def test_a_baseline_is_trained_by_the_loop_of_train_py():
     code, said = run_command(controlnet.main, *words)
     assert code == 0 and "done at step 1" in said, said
     begun = read_settings(out)  # one level a clip, and no action hidden
-    assert begun["shared_level"] is True and begun["action_dropout"] == 0
+    assert begun["shared_level"] is True
+    assert begun["action_dropout"] == begun["low_noise_prob"] == 0
     code, said = run_command(controlnet.main, *words[:6], "--resume", "--steps", 2)
     assert code == 0 and "resuming" in said and "done at step 2" in said, said
     refused(controlnet.main, *words, "--overwrite", "--scratch", "--passive",

@@ -409,7 +409,7 @@ FAULTS = {
     ],
     # ---------------------------------------------------------------------------------- baselines
     ("baselines/clips.py", "trained_by_the_loop clips_are_sampled"): [
-        ("shared_level=True, action_dropout=0.0", "shared_level=False, action_dropout=0.0",
+        ('"shared_level": True', '"shared_level": False',
          "a baseline trains with a level per frame"),
         ("led_to = align_actions(taken)", "led_to = taken",
          "a baseline samples with actions beside the wrong frames"),

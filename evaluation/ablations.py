@@ -111,9 +111,10 @@ def run(settings: Settings) -> None:
     out, held_out = Path(settings.out), open_held_out(settings, FRAMES)
     results = measure_all([REPEATING, *settings.variants], settings.seeds,
                           lambda variant, seed: measure(variant, seed, settings, held_out))
-    lines = table(results, PUBLISHED if settings.table2 else None)
+    baseline = "mixed, no guidance" if settings.table2 else "baseline"
+    lines = table(results, PUBLISHED if settings.table2 else None, baseline)
     lines.append(f"\nmean ± standard deviation of {settings.seeds} seeds"
-                 + ", differences from the baseline seed by seed" * ("baseline" in results)
+                 + f", differences from {baseline!r} seed by seed" * (baseline in results)
                  + f"; {settings.steps} steps of {settings.batch} clips of {settings.frames} "
                  f"frames; {len(held_out.truth)} episodes rolled out, guidance "
                  f"{settings.guidance:g}")

@@ -162,25 +162,26 @@ def measure_all(rows: Sequence[str], seeds: int, measure: Callable[[str, int], d
     return results
 
 
-def table(results: dict[str, list[dict]], published: dict[str, str] | None = None) -> list[str]:
-    """Markdown: every row's mean ± deviation over seeds, and if there is a row "baseline", the
-    difference from it seed by seed.
+def table(results: dict[str, list[dict]], published: dict[str, str] | None = None,
+          baseline: str = "baseline") -> list[str]:
+    """Markdown: every row's mean ± deviation over seeds, and if there is a row of the baseline's
+    name, the difference from it seed by seed.
 
     published  by row, what the paper has
     """
     columns = [name for name in COLUMNS if any(name in runs[0] for runs in results.values())]
-    baseline = results.get("baseline")
+    compared = results.get(baseline)
     heads = ["", *(head for name in columns for head in (
-        COLUMNS[name][0], "difference")[: 1 + bool(baseline)])]
+        COLUMNS[name][0], "difference")[: 1 + bool(compared)])]
     lines = []
     for row, runs in results.items():
         cells = [row]
         for name in columns:
             numbers, digits = [run.get(name, np.nan) for run in runs], COLUMNS[name][1]
             cells.append("" if name not in runs[0] else mean_and_deviation(numbers, digits))
-            if baseline:
-                less = np.subtract(numbers, [run[name] for run in baseline])
-                same = runs is baseline or name not in runs[0]
+            if compared:
+                less = np.subtract(numbers, [run[name] for run in compared])
+                same = runs is compared or name not in runs[0]
                 cells.append("" if same else mean_and_deviation(less, digits, "+"))
         lines.append(cells + ([published.get(row, "")] if published else []))
     heads += ["published (FVD / FID / SSIM / LPIPS / PSNR)"] if published else []

@@ -369,6 +369,7 @@ def test_a_variant_is_compared_with_the_baseline_seed_by_seed():
                          "| baseline | 1.5000 ± 0.7071 |  | 12.00 ± 2.83 |  |  |",
                          "| other | 3.0000 ± 1.4142 | +1.5000 ± 0.7071 | 10.50 ± 2.12 | "
                          "-1.50 ± 0.71 | 7 |"]
+    assert comparison.table(runs, baseline="other")[3].endswith("12.00 ± 2.83 | +1.50 ± 0.71 |")
     assert comparison.table({"other": [{"ssim": 0.5}]}) == ["|  | SSIM |", "| --- | --- |",
                                                             "| other | 0.500 |"]
 

@@ -318,8 +318,8 @@ FAULTS = {
         ("ddof=1", "ddof=0", "deviations of seeds as if there were no others"),
     ],
     ("evaluation/comparison.py", "seed_by_seed row_of_the"): [
-        ("np.subtract(numbers, [run[name] for run in baseline])",
-         "np.subtract([run[name] for run in baseline], numbers)", "the sign of a difference"),
+        ("np.subtract(numbers, [run[name] for run in compared])",
+         "np.subtract([run[name] for run in compared], numbers)", "the sign of a difference"),
         ("feature(PIXEL)[frames - 1]", "feature(PIXEL)[0]",
          "the gripper is compared with where it was"),
         ("psnr(imagined, self.truth)[:, 1:]", "psnr(imagined, self.truth)",

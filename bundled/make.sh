@@ -39,29 +39,35 @@ $world --resume --steps 6800 --cooldown 3400
 $world --resume --steps 10100 --cooldown 8250 --set low_noise_prob=0.6
 python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt --base tiny_base.pt
 
-# 4. The game: a base of 200 halls without actions, then one hall with, its decoder shown that hall first. And
-# DIAMOND for as many minutes on as many cores (one each, side by side).
+# 4. The game: a base of 200 halls without actions; from it the world of one more, with actions (whose recordings
+# were JPEGs of quality 75 then); and from that the world of the arena, its decoder shown the arena first. DIAMOND
+# learns beside the last one, on a core of its own.
 record="python -m bundled.record_arena"
 $record --world others --split train --episodes 1200 --frames 24 --per-file 6 --out recorded/halls
 $record --world others --split val --episodes 24 --frames 24 --out recorded/halls
-$record --split train --episodes 2000 --frames 48 --out recorded/arena
-$record --split val --frames 104 --out recorded/arena
+for world in textured arena; do
+    $record --world $world --split train --episodes 2000 --frames 48 --out recorded/$world
+    $record --world $world --split val --frames 104 --out recorded/$world
+done
 $record --split train --episodes 64 --frames 16 --per-file 64 --out samples
 $record --split val --frames 104 --per-file 32 --out samples
 python train.py --data csgo --root recorded/halls --passive --out runs/halls --batch 4 --steps 450 \
     --cooldown 150 --bf16 --set preset=arena autoencoder_steps=1500 dropout=0 sample_every=100000
 python -m bundled.bundle_checkpoint base runs/halls runs/arena_base.pt
-python train.py --data csgo --root recorded/arena --base runs/arena_base.pt --out runs/arena --batch 4 \
+python train.py --data csgo --root recorded/textured --base runs/arena_base.pt --out runs/textured --batch 4 \
     --steps 2900 --cooldown 900 --bf16 --set low_noise_prob=0.6 loss_weighting=x0 dropout=0 sample_every=100000 \
     decoder_steps=1000
-python train.py --resume --out runs/arena --steps 3480 --cooldown 580
-# From here with fewer low-noise frames, which short runs from one start found better (evaluation/RESULTS.md),
-# and smaller steps. The first 250 were planned as the first of 1450.
-python train.py --data csgo --root recorded/arena --base runs/arena --out runs/arena_on --batch 4 \
+python train.py --resume --out runs/textured --steps 3480 --cooldown 580
+# From here with fewer low-noise frames, which short runs from one start found better, and smaller steps. The first
+# 250 were planned as the first of 1450.
+python train.py --data csgo --root recorded/textured --base runs/textured --out runs/textured_on --batch 4 \
     --steps 1050 --cooldown 960 --lr 5e-4 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=100000 \
     decoder_steps=0
-python -m bundled.bundle_checkpoint world runs/arena_on checkpoints/arena_world.pt
-python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 115 --batch 8 --bf16
+python train.py --data csgo --root recorded/arena --base runs/textured_on --out runs/arena --batch 2 \
+    --steps 12000 --cooldown 6000 --bf16 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=2000 \
+    decoder_steps=1000
+python -m bundled.bundle_checkpoint world runs/arena checkpoints/arena_world.pt
+python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 90 --batch 8 --bf16
 
 # 5. Policies of very different skill that close the drawer, the eye that judges them, and the truth.
 python -m bundled.train_policies

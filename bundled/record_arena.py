@@ -1,13 +1,14 @@
-"""Record a walk through a hall of Doom's (ViZDoom, Freedoom's art) in CS:GO's 51 numbers.
+"""Record a walk through a hall of Doom's (ViZDoom) in CS:GO's 51 numbers.
 
     pip install vizdoom
     python -m bundled.record_arena --world arena --split train --episodes 1200 --out recorded/arena
     python -m bundled.record_arena --world arena --split val --out recorded/arena
     python -m bundled.record_arena --world others --split train --episodes 1200 --out recorded/halls
 
-`arena` is one hall, with four walls that differ and two pillars: small enough to be known by
-heart. `others` are 200 more, drawn at random, for pretraining a passive video model: their actions
-are not written down.
+`arena` is one hall, small enough to be known by heart: each of its four walls has a colour and a
+picture of its own, and two pillars stand in it. `others` are 200 halls drawn at random in
+Freedoom's art, for pretraining a passive video model: their actions are not written down.
+`textured` is one more of these, with actions.
 
 One frame spans four of the game's 35 tics a second. The mouse turns by at most five degrees a
 frame, in CS:GO's bins. What an action does must not be a habit, so episodes differ in behaviour:
@@ -25,15 +26,16 @@ units, and angle in degrees) is recorded beside each frame.
 import json
 import tempfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from bundled import record_drawer
-from bundled.record_drawer import held, record_files, smooth_noise, to_jpeg
+from bundled.record_drawer import encode_picture, held, record_files, smooth_noise
 from episodes.csgo import MOUSE_X, csgo_action
 from episodes.tfrecord import encode_example
 from support.errors import optional
@@ -49,6 +51,22 @@ WALLS = ("FLOOR1_6", "FLAT14", "BIGMURAL", "GRAY1", "ASHWALL7", "BIGWALL", "GRAY
          "FIRELAV3", "GRASS1", "ROCKRED2", "BROWN1", "FLAT1", "CRATE1", "CARLRT2", "CEIL5_1")
 FLOORS = ("FLOOR0_1", "FLAT5_5", "FLOOR7_1", "RROCK10", "GRASS1", "FLAT19", "FLOOR4_6", "FLAT5")
 CEILINGS = ("CEIL5_1", "CEIL3_5", "FLAT1", "CEIL5_3", "CEIL4_1", "FLAT5_5", "FLOOR7_1")
+# The arena's own: name -> its colour, the shape on it, and the shape's colour.
+PAINTED = {
+    "SUN": ((176, 60, 48), "disc", (236, 200, 72)),
+    "DOOR": ((40, 40, 196), "door", (224, 224, 224)),
+    "CROSS": ((72, 136, 64), "cross", (28, 36, 28)),
+    "PEAKS": ((204, 176, 120), "peaks", (104, 64, 40)),
+    "PURPLE": ((160, 0, 156), "", None),
+    "ORANGE": ((228, 112, 20), "", None),
+    "GROUND": ((92, 88, 84), "", None),
+    "SKY": ((136, 148, 160), "", None)}
+ARENA = {"half": (256, 256), "walls": ["SUN", "DOOR", "CROSS", "PEAKS"],
+         "pillars": [(130, 110, 28, "PURPLE"), (-130, -90, 28, "ORANGE")],
+         "floor": "GROUND", "ceiling": "SKY", "height": 160, "light": 255}
+TEXTURED = ARENA | {"walls": ["FLOOR1_6", "FLAT14", "BIGMURAL", "GRAY1"],
+                    "pillars": [(130, 110, 28, "GRASS1"), (-130, -90, 28, "CEIL5_1")],
+                    "floor": "FLOOR0_1", "ceiling": "CEIL5_1"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,11 +75,7 @@ CEILINGS = ("CEIL5_1", "CEIL3_5", "FLAT1", "CEIL5_3", "CEIL4_1", "FLAT5_5", "FLO
 
 def draw_hall(seed: int) -> dict:
     """A hall at random: half its sides, the textures of its four walls, its pillars (x, y, half a
-    side, texture), floor, ceiling, height and light. Hall 0 is the arena."""
-    if seed == 0:
-        return {"half": (256, 256), "walls": ["FLOOR1_6", "FLAT14", "BIGMURAL", "GRAY1"],
-                "pillars": [(130, 110, 28, "GRASS1"), (-130, -90, 28, "CEIL5_1")],
-                "floor": "FLOOR0_1", "ceiling": "CEIL5_1", "height": 160, "light": 255}
+    side, texture), floor, ceiling, height and light."""
     random = np.random.default_rng(seed)
     half = tuple(int(side) for side in random.integers(192, 385, 2))
     pillars = []
@@ -101,14 +115,41 @@ def map_text(hall: dict) -> str:
         "thing", x=0.0, y=0.0, angle=0, type=1, single=True, **skills)
 
 
-def write_wad(path: Path, text: str) -> None:
-    """A WAD with one map: header, lumps, and a directory of (offset, size, name in 8 bytes)."""
-    data, directory = b"", b""
-    for name, content in ((b"MAP01", b""), (b"TEXTMAP", text.encode()), (b"ENDMAP", b"")):
+def paint(colour: tuple, shape: str, shape_colour: tuple | None) -> Image.Image:
+    """A wall of the arena, one pixel per unit of the map."""
+    wall = Image.new("RGB", (512, 160), colour)
+    draw = ImageDraw.Draw(wall)
+    if shape == "disc":
+        draw.ellipse((196, 20, 316, 140), shape_colour)
+    elif shape == "door":
+        draw.rectangle((206, 30, 306, 160), shape_colour)
+    elif shape == "cross":
+        draw.rectangle((236, 16, 276, 144), shape_colour)
+        draw.rectangle((192, 60, 320, 100), shape_colour)
+    elif shape == "peaks":
+        for left in (56, 216, 336):
+            draw.polygon([(left, 160), (left + 80, 30), (left + 160, 160)], shape_colour)
+    return wall
+
+
+def write_wad(path: Path, lumps: Iterable[tuple[str, bytes]]) -> None:
+    """A WAD, Doom's archive: header, lumps, and a directory of (offset, size, name in 8 bytes)."""
+    data, directory, count = b"", b"", 0
+    for name, content in lumps:
         directory += np.array([12 + len(data), len(content)], "<i4").tobytes()
-        directory += name.ljust(8, b"\0")
+        directory += name.encode().ljust(8, b"\0")
         data += content
-    path.write_bytes(b"PWAD" + np.array([3, 12 + len(data)], "<i4").tobytes() + data + directory)
+        count += 1
+    path.write_bytes(b"PWAD" + np.array([count, 12 + len(data)], "<i4").tobytes()
+                     + data + directory)
+
+
+def lumps_of(hall: dict) -> list[tuple[str, bytes]]:
+    """A hall as Doom reads it: the map, and what is painted for it."""
+    textures = [(name, encode_picture(np.asarray(paint(*how)), "PNG"))
+                for name, how in PAINTED.items()]
+    return [("MAP01", b""), ("TEXTMAP", map_text(hall).encode()), ("ENDMAP", b""),
+            ("TX_START", b""), *textures, ("TX_END", b"")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -124,7 +165,7 @@ class Game:
     def __init__(self, hall: dict):
         vizdoom, folder = doom(), Path(tempfile.mkdtemp())
         wad = folder / "hall.wad"
-        write_wad(wad, map_text(hall))
+        write_wad(wad, lumps_of(hall))
         self.game = game = vizdoom.DoomGame()
         game.set_doom_scenario_path(str(wad))
         game.set_doom_config_path(str(folder / "doom.ini"))
@@ -133,6 +174,7 @@ class Game:
         game.set_screen_format(vizdoom.ScreenFormat.RGB24)
         game.set_render_hud(False)
         game.set_render_crosshair(False)
+        game.set_render_decals(False)
         game.set_window_visible(False)
         button, variable = vizdoom.Button, vizdoom.GameVariable
         game.set_available_buttons([
@@ -222,7 +264,7 @@ def record(game: Game, half: tuple[int, int], behaviour: str, random: np.random.
 
 @dataclass
 class Settings(record_drawer.Settings):
-    world: str = option("arena", "what is recorded", choices=("arena", "others"))
+    world: str = option("arena", "what is recorded", choices=("arena", "textured", "others"))
     episodes: int = option(32, "in all")
     frames: int = option(40, "per episode")
     per_file: int = option(12, "episodes per file")
@@ -230,16 +272,17 @@ class Settings(record_drawer.Settings):
 
 
 def record_episodes(args: Settings, numbers: range) -> list[bytes]:
-    examples, arena = [], args.world == "arena"
+    examples, others = [], args.world == "others"
     seed = zlib.crc32(f"{args.world} {args.split}".encode())
-    hall = draw_hall(0 if arena else 1 + numbers[0] // args.per_file % 200)
+    hall = (draw_hall(1 + numbers[0] // args.per_file % 200) if others else
+            {"arena": ARENA, "textured": TEXTURED}[args.world])
     game = Game(hall)
     for i in numbers:
         rows = record(game, hall["half"], BEHAVIOURS[i % len(BEHAVIOURS)],
                       np.random.default_rng([seed, i]), args.frames)
         examples.append(encode_example({
-            "steps/observation/image": [to_jpeg(frame, quality=75) for frame in rows["frames"]],
-            "steps/action": np.array(rows["actions"]).ravel() * arena,
+            "steps/observation/image": [encode_picture(frame, "PNG") for frame in rows["frames"]],
+            "steps/action": np.array(rows["actions"]).ravel() * (not others),
             "steps/observation/pose": np.array(rows["pose"]).ravel()}))
     game.game.close()
     return examples

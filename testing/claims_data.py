@@ -449,17 +449,24 @@ def test_each_simulator_draws_its_own_world_and_varies_it_anew():
 
 
 def test_the_arena_is_recorded_in_csgos_layout():
-    text = record_arena.map_text(hall := record_arena.draw_hall(0))
-    assert text.count("linedef") == text.count("vertex") == 4 + 4 * len(hall["pillars"])
-    assert set(hall["walls"]) <= set(re.findall(r'texturemiddle = "(\w+)"', text))
-    record_arena.write_wad(path := folder() / "hall.wad", text)
+    for hall in (record_arena.ARENA, record_arena.TEXTURED, record_arena.draw_hall(7)):
+        text = record_arena.map_text(hall)
+        assert text.count("linedef") == text.count("vertex") == 4 + 4 * len(hall["pillars"])
+        assert set(hall["walls"]) <= set(re.findall(r'texturemiddle = "(\w+)"', text))
+    written = record_arena.lumps_of(record_arena.ARENA)
+    record_arena.write_wad(path := folder() / "hall.wad", written)
     content = path.read_bytes()
     count, directory = np.frombuffer(content[4:12], "<i4")
     lumps = {}
     for entry in (content[directory + 16 * i :][:16] for i in range(count)):
         begin, size = np.frombuffer(entry[:8], "<i4")
-        lumps[entry[8:].rstrip(b"\0")] = content[begin : begin + size]
-    assert list(lumps) == [b"MAP01", b"TEXTMAP", b"ENDMAP"] and lumps[b"TEXTMAP"] == text.encode()
+        lumps[entry[8:].rstrip(b"\0").decode()] = content[begin : begin + size]
+    assert lumps == dict(written) and list(lumps)[:3] == ["MAP01", "TEXTMAP", "ENDMAP"]
+    walls = [np.array(Image.open(io.BytesIO(lumps[wall]))) for wall in record_arena.ARENA["walls"]]
+    assert all(wall.shape == (160, 512, 3) for wall in walls)
+    for wall in walls:  # told apart by their corners, and each with a picture in its middle
+        assert sum((wall[0, 0] == other[0, 0]).all() for other in walls) == 1
+        assert (wall != wall[0, 0]).any()
     random, payloads = np.random.default_rng(0), []
     for behaviour in record_arena.BEHAVIOURS:
         planned = record_arena.plan(behaviour, random, 24)

@@ -1,0 +1,140 @@
+"""What can be known of the hall, and where does a world lose it? Half an hour of one core.
+
+    python -m testing.hall --root recorded/arena
+
+    turns        are turns to the left and to the right as frequent and as fast in the recordings?
+    autoencoder  frames encoded and decoded: no world is sharper than its decoder
+    pose bound   a network of a world's size draws the frame from the player's true place and
+                 direction: what it is worth to know the hall by heart
+    blur         the first imagined frame and the twelfth, with 1, 2 and 4 steps: one step gives the
+                 mean of what might come; what the twelfth lacks beyond the first is the place
+    memory       72 frames of five degrees each: is the first frame back, if the window keeps 4, 8
+                 or 12 of its 16 frames when it slides?
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import Episodes, open_episodes
+from episodes.csgo import FIRST_X, FIRST_Y, MOUSE_X, csgo_action
+from evaluation.evaluate import WorldSettings, open_held_out, read_batches, rollout_batch
+from evaluation.game import GIVEN, POSE, SHORT, UNITS, InitialStates, rollout_action
+from evaluation.metrics import sharpness
+from model.vid2world import to_frames, to_pixels
+from sample import WorldModel
+from support.options import option, program
+from support.pictures import psnr
+
+
+@dataclass
+class Settings(WorldSettings):
+    data: str = option("csgo", "data set", choices=["csgo"])
+    frames: int = option(GIVEN + SHORT, "frames of an episode, given ones included",
+                         least=GIVEN + 1)
+    bound_steps: int = option(4000, "to train the network of the pose bound; 0 leaves it out")
+
+
+class Draw(nn.Module):
+    """Place and direction [N, 4] -> what is seen from there, [N, 3, 64, 80]; 6 M parameters."""
+
+    def __init__(self, waves: int = 6):
+        super().__init__()
+        self.frequencies = 2.0 ** torch.arange(waves)
+        self.enter = nn.Sequential(nn.Linear(8 * waves, 512), nn.SiLU(), nn.Linear(512, 512),
+                                   nn.SiLU(), nn.Linear(512, 128 * 8 * 10))
+        self.grow = nn.Sequential()
+        for channels, fewer in ((128, 96), (96, 64), (64, 48)):
+            self.grow.extend([nn.Upsample(scale_factor=2), nn.SiLU(),
+                              nn.Conv2d(channels, fewer, 3, padding=1), nn.SiLU(),
+                              nn.Conv2d(fewer, fewer, 3, padding=1)])
+        self.leave = nn.Conv2d(48, 3, 3, padding=1)
+
+    def forward(self, poses: Tensor) -> Tensor:
+        phases = (poses[..., None] * self.frequencies).flatten(1)
+        entered = self.enter(torch.cat([phases.sin(), phases.cos()], dim=1))
+        return self.leave(self.grow(entered.view(-1, 128, 8, 10)))
+
+
+def seen_from(episodes: Episodes) -> tuple[np.ndarray, Tensor]:
+    """All frames uint8 [N, 64, 80, 3], and x and y in halves of the hall, cosine and sine of the
+    direction [N, 4]."""
+    every = [episodes[i] for i in range(len(episodes))]
+    x, y, degrees = np.concatenate([episode.feature(POSE) for episode in every]).T
+    angle = np.radians(degrees)
+    poses = np.stack([x / UNITS, y / UNITS, np.cos(angle), np.sin(angle)], axis=1)
+    return np.concatenate([episode.frames for episode in every]), torch.from_numpy(poses).float()
+
+
+def measure_turns(episodes: Episodes) -> None:
+    actions = np.concatenate([episodes[i].actions for i in range(len(episodes))])
+    counts = np.array(MOUSE_X)[actions[:, FIRST_X:FIRST_Y].argmax(axis=1)]
+    for side, chosen in (("left", counts < 0), ("right", counts > 0)):
+        print(f"turns to the {side}: {100 * chosen.mean():.1f} % of the frames, by "
+              f"{abs(counts[chosen]).mean():.1f} counts")
+
+
+def say(name: str, imagined: np.ndarray, truth: np.ndarray) -> None:
+    print(f"{name}: {psnr(imagined, truth).mean():.2f} dB, sharpness "
+          f"{sharpness(imagined).mean():.2f} of {sharpness(truth).mean():.2f}", flush=True)
+
+
+@torch.no_grad()
+def measure_autoencoder(world: WorldModel, truth: np.ndarray) -> None:
+    decoded = [to_frames(world.model.decode(world.model.encode(to_pixels(torch.from_numpy(clip)))))
+               for clip in truth[:, None]]
+    say("autoencoder", np.concatenate(decoded), truth)
+
+
+def measure_pose_bound(training: Episodes, held_out: Episodes, steps: int) -> None:
+    torch.manual_seed(0)
+    frames, poses = seen_from(training)
+    network = Draw()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    for step in tqdm(range(steps), "pose bound", disable=None):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 + np.cos(np.pi * step / steps)) / 2
+        some = torch.randint(len(frames), (32,))
+        loss = F.mse_loss(network(poses[some]), to_pixels(torch.from_numpy(frames[some])[None])[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    truth, poses = seen_from(held_out)
+    with torch.no_grad():
+        drawn = torch.cat([network(some) for some in poses.split(256)]).clamp(-1, 1)
+    say("pose bound", to_frames(drawn[:, None])[:, 0], truth)
+
+
+def measure_blur(world: WorldModel, truth: np.ndarray, actions: np.ndarray, batch: int) -> None:
+    for steps in (1, 2, 4):
+        several = WorldModel(world.model, steps=steps)
+        imagined = rollout_batch(several, truth, actions[:, :-1], GIVEN, batch=batch)
+        for name, t in (("first", GIVEN), ("last", truth.shape[1] - 1)):
+            say(f"blur, {steps} steps, {name} imagined frame", imagined[:, t], truth[:, t])
+
+
+def measure_memory(world: WorldModel, starts: InitialStates, batch: int) -> None:
+    for overlap in (4, 8, 12):
+        again = WorldModel(world.model, overlap=overlap)
+        circle = rollout_action(again, starts, batch, csgo_action(x=100), 72)[:, GIVEN - 1 :]
+        back, half = (psnr(circle[:, t], circle[:, 0]).mean() for t in (72, 36))
+        print(f"memory, {overlap} frames kept: {back:.2f} dB after 360 degrees, {half:.2f} half "
+              "way", flush=True)
+
+
+def run(settings: Settings) -> None:
+    world = settings.load_world()
+    held_out = open_held_out(settings, world)
+    training = open_episodes(settings.data, settings.root, "train")
+    (truth, actions), = read_batches(held_out, settings.frames, len(held_out), world.model.config)
+    measure_turns(training)
+    measure_autoencoder(world, truth)
+    measure_blur(world, truth, actions, settings.batch)
+    measure_memory(world, InitialStates(truth, actions, None), settings.batch)
+    if settings.bound_steps:
+        measure_pose_bound(training, held_out, settings.bound_steps)
+
+
+main = program(__name__, "hall", run, Settings, "Measure what can be known of the hall.")

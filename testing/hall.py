@@ -4,7 +4,7 @@
 
     turns        are turns to the left and to the right as frequent and as fast in the recordings?
     autoencoder  frames encoded and decoded: no world is sharper than its decoder
-    pose bound   a network of a world's size draws the frame from the player's true place and
+    bound        a network of a world's size draws the frame from the player's true place and
                  direction: what it is worth to know the hall by heart
     blur         the first imagined frame and the twelfth, with 1, 2 and 4 steps: one step gives the
                  mean of what might come; what the twelfth lacks beyond the first is the place
@@ -29,13 +29,17 @@ from sample import WorldModel
 from support.options import option, program
 from support.pictures import psnr
 
+PARTS = ("turns", "autoencoder", "bound", "blur", "memory")
+
 
 @dataclass
 class Settings(WorldSettings):
     data: str = option("csgo", "data set", choices=["csgo"])
     frames: int = option(GIVEN + SHORT, "frames of an episode, given ones included",
                          least=GIVEN + 1)
-    bound_steps: int = option(4000, "to train the network of the pose bound; 0 leaves it out")
+    parts: list[str] = option(PARTS, f"which: {', '.join(PARTS)}", nargs="+", metavar="NAME",
+                              type=str, choices=PARTS)
+    bound_steps: int = option(4000, "to train the network of the pose bound")
 
 
 class Draw(nn.Module):
@@ -129,12 +133,14 @@ def run(settings: Settings) -> None:
     held_out = open_held_out(settings, world)
     training = open_episodes(settings.data, settings.root, "train")
     (truth, actions), = read_batches(held_out, settings.frames, len(held_out), world.model.config)
-    measure_turns(training)
-    measure_autoencoder(world, truth)
-    measure_blur(world, truth, actions, settings.batch)
-    measure_memory(world, InitialStates(truth, actions, None), settings.batch)
-    if settings.bound_steps:
-        measure_pose_bound(training, held_out, settings.bound_steps)
+    work = {"turns": lambda: measure_turns(training),
+            "autoencoder": lambda: measure_autoencoder(world, truth),
+            "bound": lambda: measure_pose_bound(training, held_out, settings.bound_steps),
+            "blur": lambda: measure_blur(world, truth, actions, settings.batch),
+            "memory": lambda: measure_memory(world, InitialStates(truth, actions, None),
+                                             settings.batch)}
+    for part in settings.parts:
+        work[part]()
 
 
 main = program(__name__, "hall", run, Settings, "Measure what can be known of the hall.")

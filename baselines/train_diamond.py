@@ -16,6 +16,7 @@ from tqdm import tqdm
 from baselines.diamond import PAST, Diamond, DiamondConfig, loss_of
 from data import DATA_SETS, Clips, collate, default_root, open_episodes, require_clips
 from dynamicrafter.checkpoint import load_weights, read_checkpoint
+from model.memory import keep_malloc_heap
 from model.saving import save
 from model.vid2world import to_pixels
 from support.errors import CheckpointError, reading, require_finite
@@ -41,6 +42,7 @@ class Settings:
 
 def train(settings: Settings) -> None:
     """For so many minutes, saved every five. Raises CheckpointError, DataError."""
+    keep_malloc_heap()
     root = settings.root or default_root(settings.data)
     episodes = open_episodes(settings.data, root, "train", PAST + settings.ahead)
     height, width = episodes.dataset.aspect

@@ -9,9 +9,9 @@
     blur         the first imagined frame and the twelfth, with 1, 2 and 4 steps: one step gives the
                  mean of what might come; what the twelfth lacks beyond the first is the place
     memory       72 frames of five degrees each: is the first frame back, if the window keeps 4, 8
-                 or 12 of its 16 frames when it slides?
+                 or 12 of its 16 frames when it slides, and if the anchor stays when it does?
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from evaluation.evaluate import WorldSettings, open_held_out, read_batches, roll
 from evaluation.game import GIVEN, POSE, SHORT, UNITS, InitialStates, rollout_action
 from evaluation.metrics import sharpness
 from model.vid2world import to_frames, to_pixels
-from sample import WorldModel
+from sample import Window, WorldModel
 from support.options import option, program
 from support.pictures import psnr
 
@@ -119,13 +119,23 @@ def measure_blur(world: WorldModel, truth: np.ndarray, actions: np.ndarray, batc
             say(f"blur, {steps} steps, {name} imagined frame", imagined[:, t], truth[:, t])
 
 
+class KeptAnchor(WorldModel):
+    """Beside the noisy frames stays what was seen first, wherever the window has slid."""
+
+    def slide(self, window: Window, length: int) -> Window:
+        slid = super().slide(window, length)
+        return slid if window.anchor is None else replace(slid, anchor=window.anchor,
+                                                          tokens=window.tokens)
+
+
 def measure_memory(world: WorldModel, starts: InitialStates, batch: int) -> None:
-    for overlap in (4, 8, 12):
-        again = WorldModel(world.model, overlap=overlap)
+    for overlap, kind, kept in ((4, WorldModel, ""), (8, WorldModel, ""), (12, WorldModel, ""),
+                                (8, KeptAnchor, " and the anchor")):
+        again = kind(world.model, overlap=overlap)
         circle = rollout_action(again, starts, batch, csgo_action(x=100), 72)[:, GIVEN - 1 :]
         back, half = (psnr(circle[:, t], circle[:, 0]).mean() for t in (72, 36))
-        print(f"memory, {overlap} frames kept: {back:.2f} dB after 360 degrees, {half:.2f} half "
-              "way", flush=True)
+        print(f"memory, {overlap} frames{kept} kept: {back:.2f} dB after 360 degrees, "
+              f"{half:.2f} half way", flush=True)
 
 
 def run(settings: Settings) -> None:

@@ -64,10 +64,10 @@ python train.py --data csgo --root recorded/textured --base runs/textured --out 
     --steps 1050 --cooldown 960 --lr 5e-4 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=100000 \
     decoder_steps=0
 python train.py --data csgo --root recorded/arena --base runs/textured_on --out runs/arena --batch 2 \
-    --steps 12000 --cooldown 6000 --bf16 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=2000 \
+    --steps 8000 --cooldown 5000 --bf16 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=2000 \
     decoder_steps=1000
 python -m bundled.bundle_checkpoint world runs/arena checkpoints/arena_world.pt
-python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 90 --batch 8 --bf16
+python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 88 --batch 8 --bf16
 
 # 5. Policies of very different skill that close the drawer, the eye that judges them, and the truth.
 python -m bundled.train_policies

@@ -281,7 +281,8 @@ def record_episodes(args: Settings, numbers: range) -> list[bytes]:
         rows = record(game, hall["half"], BEHAVIOURS[i % len(BEHAVIOURS)],
                       np.random.default_rng([seed, i]), args.frames)
         examples.append(encode_example({
-            "steps/observation/image": [encode_picture(frame, "PNG") for frame in rows["frames"]],
+            "steps/observation/image": [encode_picture(frame, "PNG", optimize=True)
+                                        for frame in rows["frames"]],
             "steps/action": np.array(rows["actions"]).ravel() * (not others),
             "steps/observation/pose": np.array(rows["pose"]).ravel()}))
     game.game.close()

@@ -39,9 +39,9 @@ $world --resume --steps 6800 --cooldown 3400
 $world --resume --steps 10100 --cooldown 8250 --set low_noise_prob=0.6
 python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt --base tiny_base.pt
 
-# 4. The game: a base of 200 halls without actions; from it the world of one more, with actions (whose recordings
-# were JPEGs of quality 75 then); and from that the world of the arena, its decoder shown the arena first. DIAMOND
-# learns beside the last one, on a core of its own.
+# 4. The game: a base of 200 halls without actions; from it the world of one more, with actions; and from that the
+# world of the arena, its decoder shown the arena first. (The frames these saw were JPEGs of quality 75, and the
+# arena's PNGs.) DIAMOND learns beside the last one, on a core of its own.
 record="python -m bundled.record_arena"
 $record --world others --split train --episodes 1200 --frames 24 --per-file 6 --out recorded/halls
 $record --world others --split val --episodes 24 --frames 24 --out recorded/halls

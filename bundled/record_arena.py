@@ -29,13 +29,14 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from bundled import record_drawer
-from bundled.record_drawer import encode_picture, held, record_files, smooth_noise
+from bundled.record_drawer import held, record_files, smooth_noise, to_jpeg
 from episodes.csgo import MOUSE_X, csgo_action
 from episodes.tfrecord import encode_example
 from support.errors import optional
@@ -146,8 +147,10 @@ def write_wad(path: Path, lumps: Iterable[tuple[str, bytes]]) -> None:
 
 def lumps_of(hall: dict) -> list[tuple[str, bytes]]:
     """A hall as Doom reads it: the map, and what is painted for it."""
-    textures = [(name, encode_picture(np.asarray(paint(*how)), "PNG"))
-                for name, how in PAINTED.items()]
+    textures = []
+    for name, how in PAINTED.items():
+        paint(*how).save(file := BytesIO(), "PNG")
+        textures.append((name, file.getvalue()))
     return [("MAP01", b""), ("TEXTMAP", map_text(hall).encode()), ("ENDMAP", b""),
             ("TX_START", b""), *textures, ("TX_END", b"")]
 
@@ -281,8 +284,7 @@ def record_episodes(args: Settings, numbers: range) -> list[bytes]:
         rows = record(game, hall["half"], BEHAVIOURS[i % len(BEHAVIOURS)],
                       np.random.default_rng([seed, i]), args.frames)
         examples.append(encode_example({
-            "steps/observation/image": [encode_picture(frame, "PNG", optimize=True)
-                                        for frame in rows["frames"]],
+            "steps/observation/image": [to_jpeg(frame, args.quality) for frame in rows["frames"]],
             "steps/action": np.array(rows["actions"]).ravel() * (not others),
             "steps/observation/pose": np.array(rows["pose"]).ravel()}))
     game.game.close()

@@ -236,9 +236,7 @@ def encode(episode: dict[str, np.ndarray], with_actions: bool, quality: int) -> 
     terminate[:, 1] = 1  # go on
     terminate[-1] = (1, 0, 0)
     return encode_example({
-        "steps/observation/image": [
-            encode_picture(frame, "JPEG", quality=quality, subsampling=0, optimize=True)
-            for frame in episode["frames"]],
+        "steps/observation/image": [to_jpeg(frame, quality) for frame in episode["frames"]],
         "steps/action/base_displacement_vector": np.zeros((T, 2), np.float32),
         "steps/action/base_displacement_vertical_rotation": np.zeros((T, 1), np.float32),
         "steps/action/gripper_closedness_action": actions[:, 3:].astype(np.float32),
@@ -250,10 +248,9 @@ def encode(episode: dict[str, np.ndarray], with_actions: bool, quality: int) -> 
     })
 
 
-def encode_picture(frame: np.ndarray, format: str, **options: object) -> bytes:
-    """uint8 [H, W, 3] -> the bytes of its file."""
+def to_jpeg(frame: np.ndarray, quality: int) -> bytes:
     file = BytesIO()
-    Image.fromarray(frame).save(file, format, **options)
+    Image.fromarray(frame).save(file, "JPEG", quality=quality, subsampling=0, optimize=True)
     return file.getvalue()
 
 

@@ -17,6 +17,7 @@ from evaluation import evaluate, game, metrics
 from model.saving import TINY_WORLD, save
 from model.vid2world import to_frames
 from support.errors import CheckpointError, RequestError
+from testing import hall
 from testing.commands import folder, raises, refused, run_command
 from testing.episodes import make_episode, make_rt1
 
@@ -152,6 +153,20 @@ def test_places_in_the_hall_are_compared_across_the_turn_of_a_circle():
     distance, turned = game.apart(np.array([[3.0, 4.0, -170.0]]), np.array([[0.0, 0.0, 170.0]]))
     assert distance.tolist() == [5] and turned.tolist() == [20]
     assert game.apart(np.array([0, 0, 90.0]), np.array([0, 0, 350.0]))[1] == 100
+
+
+def test_what_can_be_known_of_the_hall_is_measured():
+    words = ["--episodes", 2, "--frames", 6, "--bound-steps", 1, "--parts"]
+    code, said = run_command(hall.main, *words, "turns", "autoencoder", "bound")
+    episodes = open_episodes("csgo", SAMPLES, "train")
+    told = [csgo.describe(action) for i in range(len(episodes)) for action in episodes[i].actions]
+    for side, sign in (("left", "-"), ("right", "+")):
+        share = 100 * np.mean([f"mouse {sign}" in words for words in told])
+        assert f"turns to the {side}: {share:.1f} % of the frames" in said, said
+    decoded, drawn = (float(said.split(f"{part}: ")[1].split(" dB")[0])
+                      for part in ("autoencoder", "bound"))
+    assert code == 0 and decoded > 20 > drawn, said
+    refused(hall.main, *words, "walls", saying="invalid choice")
 
 
 def test_a_pose_reader_learns_and_is_kept():

@@ -24,6 +24,7 @@ from episodes.csgo import FIRST_X, FIRST_Y, MOUSE_X, csgo_action
 from evaluation.evaluate import WorldSettings, open_held_out, read_batches, rollout_batch
 from evaluation.game import GIVEN, POSE, SHORT, UNITS, InitialStates, rollout_action
 from evaluation.metrics import sharpness
+from model.memory import keep_malloc_heap
 from model.vid2world import to_frames, to_pixels
 from sample import Window, WorldModel
 from support.options import option, program
@@ -39,7 +40,7 @@ class Settings(WorldSettings):
                          least=GIVEN + 1)
     parts: list[str] = option(PARTS, f"which: {', '.join(PARTS)}", nargs="+", metavar="NAME",
                               type=str, choices=PARTS)
-    bound_steps: int = option(4000, "to train the network of the pose bound")
+    bound_steps: int = option(3000, "to train the network of the pose bound")
 
 
 class Draw(nn.Module):
@@ -51,11 +52,11 @@ class Draw(nn.Module):
         self.enter = nn.Sequential(nn.Linear(8 * waves, 512), nn.SiLU(), nn.Linear(512, 512),
                                    nn.SiLU(), nn.Linear(512, 128 * 8 * 10))
         self.grow = nn.Sequential()
-        for channels, fewer in ((128, 96), (96, 64), (64, 48)):
+        for channels, fewer in ((128, 64), (64, 32), (32, 16)):
             self.grow.extend([nn.Upsample(scale_factor=2), nn.SiLU(),
                               nn.Conv2d(channels, fewer, 3, padding=1), nn.SiLU(),
                               nn.Conv2d(fewer, fewer, 3, padding=1)])
-        self.leave = nn.Conv2d(48, 3, 3, padding=1)
+        self.leave = nn.Conv2d(16, 3, 3, padding=1)
 
     def forward(self, poses: Tensor) -> Tensor:
         phases = (poses[..., None] * self.frequencies).flatten(1)
@@ -139,6 +140,7 @@ def measure_memory(world: WorldModel, starts: InitialStates, batch: int) -> None
 
 
 def run(settings: Settings) -> None:
+    keep_malloc_heap()
     world = settings.load_world()
     held_out = open_held_out(settings, world)
     training = open_episodes(settings.data, settings.root, "train")

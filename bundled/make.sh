@@ -66,6 +66,7 @@ python train.py --data csgo --root recorded/textured --base runs/textured --out 
 python train.py --data csgo --root recorded/arena --base runs/textured_on --out runs/arena --batch 2 \
     --steps 8000 --cooldown 5000 --bf16 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=2000 \
     decoder_steps=1000
+# Planned to 11,000 with a cooldown of 3,000, and shortened at step 9,212.
 python train.py --resume --out runs/arena --steps 10300 --cooldown 2300
 python -m bundled.bundle_checkpoint world runs/arena checkpoints/arena_world.pt
 python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 88 --batch 8 --bf16

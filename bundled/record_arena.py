@@ -26,7 +26,6 @@ units, and angle in degrees) is recorded beside each frame.
 import json
 import tempfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -52,16 +51,16 @@ WALLS = ("FLOOR1_6", "FLAT14", "BIGMURAL", "GRAY1", "ASHWALL7", "BIGWALL", "GRAY
          "FIRELAV3", "GRASS1", "ROCKRED2", "BROWN1", "FLAT1", "CRATE1", "CARLRT2", "CEIL5_1")
 FLOORS = ("FLOOR0_1", "FLAT5_5", "FLOOR7_1", "RROCK10", "GRASS1", "FLAT19", "FLOOR4_6", "FLAT5")
 CEILINGS = ("CEIL5_1", "CEIL3_5", "FLAT1", "CEIL5_3", "CEIL4_1", "FLAT5_5", "FLOOR7_1")
-# The arena's own: name -> its colour, the shape on it, and the shape's colour.
+# The arena's own: name -> its colour and, on a wall, a shape and the shape's colour.
 PAINTED = {
     "SUN": ((176, 60, 48), "disc", (236, 200, 72)),
     "DOOR": ((40, 40, 196), "door", (224, 224, 224)),
     "CROSS": ((72, 136, 64), "cross", (28, 36, 28)),
     "PEAKS": ((204, 176, 120), "peaks", (104, 64, 40)),
-    "PURPLE": ((160, 0, 156), "", None),
-    "ORANGE": ((228, 112, 20), "", None),
-    "GROUND": ((92, 88, 84), "", None),
-    "SKY": ((136, 148, 160), "", None)}
+    "PURPLE": ((160, 0, 156),),
+    "ORANGE": ((228, 112, 20),),
+    "GROUND": ((92, 88, 84),),
+    "SKY": ((136, 148, 160),)}
 ARENA = {"half": (256, 256), "walls": ["SUN", "DOOR", "CROSS", "PEAKS"],
          "pillars": [(130, 110, 28, "PURPLE"), (-130, -90, 28, "ORANGE")],
          "floor": "GROUND", "ceiling": "SKY", "height": 160, "light": 255}
@@ -116,8 +115,8 @@ def map_text(hall: dict) -> str:
         "thing", x=0.0, y=0.0, angle=0, type=1, single=True, **skills)
 
 
-def paint(colour: tuple, shape: str, shape_colour: tuple | None) -> Image.Image:
-    """A wall of the arena, one pixel per unit of the map."""
+def paint(colour: tuple, shape: str = "", shape_colour: tuple = ()) -> Image.Image:
+    """A texture of the arena, one pixel per unit of the map: as wide and high as its walls."""
     wall = Image.new("RGB", (512, 160), colour)
     draw = ImageDraw.Draw(wall)
     if shape == "disc":
@@ -133,16 +132,15 @@ def paint(colour: tuple, shape: str, shape_colour: tuple | None) -> Image.Image:
     return wall
 
 
-def write_wad(path: Path, lumps: Iterable[tuple[str, bytes]]) -> None:
+def write_wad(path: Path, lumps: list[tuple[str, bytes]]) -> None:
     """A WAD, Doom's archive: header, lumps, and a directory of (offset, size, name in 8 bytes)."""
-    data, directory, count = b"", b"", 0
+    data, directory = b"", b""
     for name, content in lumps:
         directory += np.array([12 + len(data), len(content)], "<i4").tobytes()
         directory += name.encode().ljust(8, b"\0")
         data += content
-        count += 1
-    path.write_bytes(b"PWAD" + np.array([count, 12 + len(data)], "<i4").tobytes()
-                     + data + directory)
+    counts = np.array([len(lumps), 12 + len(data)], "<i4")
+    path.write_bytes(b"PWAD" + counts.tobytes() + data + directory)
 
 
 def lumps_of(hall: dict) -> list[tuple[str, bytes]]:

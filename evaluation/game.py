@@ -57,6 +57,16 @@ def read_poses(reader: FrameReader, frames: np.ndarray) -> np.ndarray:
     return np.stack([UNITS * x, UNITS * y, np.degrees(np.arctan2(sine, cosine))], axis=-1)
 
 
+def seen_from(episodes: Episodes) -> tuple[np.ndarray, np.ndarray]:
+    """All frames uint8 [N, 64, 80, 3], and where each is seen from, [N, 4]: x and y in halves of
+    the hall, cosine and sine of the direction."""
+    every = [episodes[i] for i in range(len(episodes))]
+    x, y, degrees = np.concatenate([episode.feature(POSE) for episode in every]).T
+    angle = np.radians(degrees)
+    poses = np.stack([x / UNITS, y / UNITS, np.cos(angle), np.sin(angle)], axis=1)
+    return np.concatenate([episode.frames for episode in every]), poses
+
+
 def open_reader(path: Path, episodes: Episodes, steps: int, source: str | None = None
                 ) -> FrameReader:
     """The reader of poses in a file, or a new one, which is then kept there.
@@ -67,13 +77,8 @@ def open_reader(path: Path, episodes: Episodes, steps: int, source: str | None =
     if known and source in (None, known.get("source")):
         with reading(path, CheckpointError):
             return load_weights(pose_reader(), known["weights"], str(path)).eval()
-    chosen = [episodes[i] for i in range(len(episodes))]
-    frames = np.concatenate([episode.frames for episode in chosen])
-    x, y, degrees = np.concatenate([episode.feature(POSE) for episode in chosen]).T
-    targets = np.stack([x / UNITS, y / UNITS, np.cos(np.radians(degrees)),
-                        np.sin(np.radians(degrees))], axis=1)
     reader = pose_reader()
-    for _ in tqdm(fit(reader, frames, targets, steps), "pose reader", steps, disable=None):
+    for _ in tqdm(fit(reader, *seen_from(episodes), steps), "pose reader", steps, disable=None):
         pass
     save(path, {"weights": reader.state_dict(), "source": source})
     return reader.eval()

@@ -47,6 +47,7 @@ def test_baselines_start_exactly_as_the_base_and_follow_actions_once_they_have_l
     frames, actions, base, built = clip_baselines()
     as_base = clips.sample_clips(base, frames, actions, steps=2)
     nothing = np.zeros((1, 3, 4), np.float32)  # the empty caption
+    assert not any(layer.weight.any() for layer in built["controlnet"][1].unet.copy.zero_convs)
     for name, told in (("controlnet", actions), ("classifier", actions), ("language", nothing)):
         imagined = clips.sample_clips(built[name][1], frames, told, steps=2)
         off = abs(imagined.astype(int) - as_base)  # some processors round a sum with zero anew

@@ -464,7 +464,7 @@ def test_the_arena_is_recorded_in_csgos_layout():
     assert lumps == dict(written) and list(lumps)[:3] == ["MAP01", "TEXTMAP", "ENDMAP"]
     walls = [np.array(Image.open(io.BytesIO(lumps[wall]))) for wall in record_arena.ARENA["walls"]]
     assert all(wall.shape == (160, 512, 3) for wall in walls)
-    for wall in walls:  # told apart by their corners, and each with a picture in its middle
+    for wall in walls:  # told apart by their corners, and each with a picture
         assert sum((wall[0, 0] == other[0, 0]).all() for other in walls) == 1
         assert (wall != wall[0, 0]).any()
     random, payloads = np.random.default_rng(0), []

@@ -161,7 +161,7 @@ def test_what_can_be_known_of_the_hall_is_measured():
     episodes = open_episodes("csgo", SAMPLES, "train")
     told = [csgo.describe(action) for i in range(len(episodes)) for action in episodes[i].actions]
     for side, sign in (("left", "-"), ("right", "+")):
-        share = 100 * np.mean([f"mouse {sign}" in words for words in told])
+        share = 100 * np.mean([f"mouse {sign}" in action for action in told])
         assert f"turns to the {side}: {share:.1f} % of the frames" in said, said
     decoded, drawn = (float(said.split(f"{part}: ")[1].split(" dB")[0])
                       for part in ("autoencoder", "bound"))

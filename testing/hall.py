@@ -1,4 +1,4 @@
-"""What can be known of the hall, and where does a world lose it? Half an hour of one core.
+"""What can be known of the hall, and where does a world lose it?
 
     python -m testing.hall --root recorded/arena
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import Episodes, open_episodes
 from episodes.csgo import FIRST_X, FIRST_Y, MOUSE_X, csgo_action
 from evaluation.evaluate import WorldSettings, open_held_out, read_batches, rollout_batch
-from evaluation.game import GIVEN, POSE, SHORT, UNITS, InitialStates, rollout_action
+from evaluation.game import GIVEN, SHORT, InitialStates, rollout_action, seen_from
 from evaluation.metrics import sharpness
 from model.memory import keep_malloc_heap
 from model.vid2world import to_frames, to_pixels
@@ -64,16 +64,6 @@ class Draw(nn.Module):
         return self.leave(self.grow(entered.view(-1, 128, 8, 10)))
 
 
-def seen_from(episodes: Episodes) -> tuple[np.ndarray, Tensor]:
-    """All frames uint8 [N, 64, 80, 3], and x and y in halves of the hall, cosine and sine of the
-    direction [N, 4]."""
-    every = [episodes[i] for i in range(len(episodes))]
-    x, y, degrees = np.concatenate([episode.feature(POSE) for episode in every]).T
-    angle = np.radians(degrees)
-    poses = np.stack([x / UNITS, y / UNITS, np.cos(angle), np.sin(angle)], axis=1)
-    return np.concatenate([episode.frames for episode in every]), torch.from_numpy(poses).float()
-
-
 def measure_turns(episodes: Episodes) -> None:
     actions = np.concatenate([episodes[i].actions for i in range(len(episodes))])
     counts = np.array(MOUSE_X)[actions[:, FIRST_X:FIRST_Y].argmax(axis=1)]
@@ -97,6 +87,7 @@ def measure_autoencoder(world: WorldModel, truth: np.ndarray) -> None:
 def measure_pose_bound(training: Episodes, held_out: Episodes, steps: int) -> None:
     torch.manual_seed(0)
     frames, poses = seen_from(training)
+    poses = torch.from_numpy(poses).float()
     network = Draw()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     for step in tqdm(range(steps), "pose bound", disable=None):
@@ -108,7 +99,8 @@ def measure_pose_bound(training: Episodes, held_out: Episodes, steps: int) -> No
         optimizer.step()
     truth, poses = seen_from(held_out)
     with torch.no_grad():
-        drawn = torch.cat([network(some) for some in poses.split(256)]).clamp(-1, 1)
+        drawn = torch.cat([network(some) for some in torch.from_numpy(poses).float().split(256)])
+        drawn = drawn.clamp(-1, 1)
     say("pose bound", to_frames(drawn[:, None])[:, 0], truth)
 
 

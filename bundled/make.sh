@@ -39,9 +39,10 @@ $world --resume --steps 6800 --cooldown 3400
 $world --resume --steps 10100 --cooldown 8250 --set low_noise_prob=0.6
 python -m bundled.bundle_checkpoint world runs/world checkpoints/tiny_world.pt --base tiny_base.pt
 
-# 4. The game: a base of 200 halls without actions; from it the world of one more, with actions; and from that the
-# world of the arena, its decoder shown the arena first. (The frames these saw were JPEGs of quality 75, and the
-# arena's PNGs.) DIAMOND learns beside the last one, on a core of its own.
+# 4. The game: a base of 200 halls without actions; from it the world of one more, with actions; from that the world
+# of the arena as it was first, its walls of one colour each and without a rail; and from that the world of the arena.
+# (The frames of the first two were JPEGs of quality 75, of the third PNGs.) DIAMOND learns beside the last two, on a
+# core of its own.
 record="python -m bundled.record_arena"
 $record --world others --split train --episodes 1200 --frames 24 --per-file 6 --out recorded/halls
 $record --world others --split val --episodes 24 --frames 24 --out recorded/halls
@@ -49,8 +50,11 @@ for world in textured arena; do
     $record --world $world --split train --episodes 2000 --frames 48 --out recorded/$world
     $record --world $world --split val --frames 104 --out recorded/$world
 done
-$record --split train --episodes 64 --frames 16 --per-file 64 --out samples
-$record --split val --frames 104 --per-file 32 --out samples
+git worktree add --detach ../flat c308d0d  # whose recorder paints the first arena
+(cd ../flat && $record --split train --episodes 2000 --frames 48 --out "$OLDPWD/recorded/flat" &&
+    $record --split val --frames 104 --out "$OLDPWD/recorded/flat")
+$record --split train --episodes 64 --frames 16 --per-file 64 --quality 80 --out samples
+$record --split val --frames 104 --per-file 32 --quality 80 --out samples
 python train.py --data csgo --root recorded/halls --passive --out runs/halls --batch 4 --steps 450 \
     --cooldown 150 --bf16 --set preset=arena autoencoder_steps=1500 dropout=0 sample_every=100000
 python -m bundled.bundle_checkpoint base runs/halls runs/arena_base.pt
@@ -63,13 +67,17 @@ python train.py --resume --out runs/textured --steps 3480 --cooldown 580
 python train.py --data csgo --root recorded/textured --base runs/textured --out runs/textured_on --batch 4 \
     --steps 1050 --cooldown 960 --lr 5e-4 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=100000 \
     decoder_steps=0
-python train.py --data csgo --root recorded/arena --base runs/textured_on --out runs/arena --batch 2 \
+python train.py --data csgo --root recorded/flat --base runs/textured_on --out runs/flat --batch 2 \
     --steps 8000 --cooldown 5000 --bf16 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=2000 \
     decoder_steps=1000
 # Planned to 11,000 with a cooldown of 3,000, and shortened at step 9,212.
-python train.py --resume --out runs/arena --steps 10300 --cooldown 2300
+python train.py --resume --out runs/flat --steps 10300 --cooldown 2300
+python train.py --data csgo --root recorded/arena --base runs/flat --out runs/arena --batch 2 \
+    --steps 7200 --cooldown 4000 --bf16 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=2000 \
+    decoder_steps=1000
 python -m bundled.bundle_checkpoint world runs/arena checkpoints/arena_world.pt
-python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 88 --batch 8 --bf16
+python -m baselines.train_diamond --data csgo --root recorded/flat --minutes 88 --batch 8 --bf16
+python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 133 --batch 8 --bf16 --resume
 
 # 5. Policies of very different skill that close the drawer, the eye that judges them, and the truth.
 python -m bundled.train_policies

@@ -5,10 +5,11 @@
     python -m bundled.record_arena --world arena --split val --out recorded/arena
     python -m bundled.record_arena --world others --split train --episodes 1200 --out recorded/halls
 
-`arena` is one hall, small enough to be known by heart: each of its four walls has a colour and a
-picture of its own, and two pillars stand in it. `others` are 200 halls drawn at random in
-Freedoom's art, for pretraining a passive video model: their actions are not written down.
-`textured` is one more of these, with actions.
+`arena` is one hall, small enough to be known by heart: each of its four walls has a colour, shaded
+from end to end, and a picture of its own; two pillars stand in it; and a rail that cannot be seen
+keeps the player off walls and pillars. `others` are 200 halls drawn at random in Freedoom's art,
+for pretraining a passive video model: their actions are not written down. `textured` is one more of
+these, with actions.
 
 One frame spans four of the game's 35 tics a second. The mouse turns by at most five degrees a
 frame, in CS:GO's bins. What an action does must not be a habit, so episodes differ in behaviour:
@@ -51,22 +52,23 @@ WALLS = ("FLOOR1_6", "FLAT14", "BIGMURAL", "GRAY1", "ASHWALL7", "BIGWALL", "GRAY
          "FIRELAV3", "GRASS1", "ROCKRED2", "BROWN1", "FLAT1", "CRATE1", "CARLRT2", "CEIL5_1")
 FLOORS = ("FLOOR0_1", "FLAT5_5", "FLOOR7_1", "RROCK10", "GRASS1", "FLAT19", "FLOOR4_6", "FLAT5")
 CEILINGS = ("CEIL5_1", "CEIL3_5", "FLAT1", "CEIL5_3", "CEIL4_1", "FLAT5_5", "FLOOR7_1")
-# The arena's own: name -> its colour and, on a wall, a shape and the shape's colour.
+# The arena's own: name -> its width, the colours of its two ends and, on a wall, a shape and the
+# shape's colour. No wall is of one colour all along: even a frame that it fills tells the place.
 PAINTED = {
-    "SUN": ((176, 60, 48), "disc", (236, 200, 72)),
-    "DOOR": ((40, 40, 196), "door", (224, 224, 224)),
-    "CROSS": ((72, 136, 64), "cross", (28, 36, 28)),
-    "PEAKS": ((204, 176, 120), "peaks", (104, 64, 40)),
-    "PURPLE": ((160, 0, 156),),
-    "ORANGE": ((228, 112, 20),),
-    "GROUND": ((92, 88, 84),),
-    "SKY": ((136, 148, 160),)}
+    "SUN": (512, (232, 60, 60), (96, 12, 12), "disc", (236, 200, 72)),
+    "DOOR": (512, (84, 84, 255), (0, 0, 104), "door", (224, 224, 224)),
+    "CROSS": (512, (96, 208, 88), (24, 52, 16), "cross", (28, 36, 28)),
+    "PEAKS": (512, (255, 224, 188), (140, 104, 72), "peaks", (88, 56, 32)),
+    "PURPLE": (56, (255, 0, 255), (110, 0, 108)),
+    "ORANGE": (56, (255, 160, 60), (180, 70, 0)),
+    "GROUND": (512, (132, 132, 132), (36, 36, 36)),
+    "SKY": (64, (160, 160, 160), (160, 160, 160))}
 ARENA = {"half": (256, 256), "walls": ["SUN", "DOOR", "CROSS", "PEAKS"],
          "pillars": [(130, 110, 28, "PURPLE"), (-130, -90, 28, "ORANGE")],
-         "floor": "GROUND", "ceiling": "SKY", "height": 160, "light": 255}
+         "floor": "GROUND", "ceiling": "SKY", "height": 160, "light": 255, "rail": 48}
 TEXTURED = ARENA | {"walls": ["FLOOR1_6", "FLAT14", "BIGMURAL", "GRAY1"],
                     "pillars": [(130, 110, 28, "GRASS1"), (-130, -90, 28, "CEIL5_1")],
-                    "floor": "FLOOR0_1", "ceiling": "CEIL5_1"}
+                    "floor": "FLOOR0_1", "ceiling": "CEIL5_1", "rail": 0}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ TEXTURED = ARENA | {"walls": ["FLOOR1_6", "FLAT14", "BIGMURAL", "GRAY1"],
 
 def draw_hall(seed: int) -> dict:
     """A hall at random: half its sides, the textures of its four walls, its pillars (x, y, half a
-    side, texture), floor, ceiling, height and light."""
+    side, texture), floor, ceiling, height, light, and the rails' distance from walls (0: none)."""
     random = np.random.default_rng(seed)
     half = tuple(int(side) for side in random.integers(192, 385, 2))
     pillars = []
@@ -86,28 +88,33 @@ def draw_hall(seed: int) -> dict:
     return {"half": half, "walls": [str(wall) for wall in random.choice(WALLS, 4, replace=False)],
             "pillars": pillars, "floor": str(random.choice(FLOORS)),
             "ceiling": str(random.choice(CEILINGS)), "height": int(random.integers(112, 209)),
-            "light": int(random.integers(192, 256))}
+            "light": int(random.integers(192, 256)), "rail": 0}
 
 
 def map_text(hall: dict) -> str:
-    """A hall in UDMF, Doom's format for maps as text."""
+    """A hall in UDMF, Doom's format for maps as text. A rail is a line that stops the player and
+    cannot be seen: both its sides are the hall's one sector."""
     def block(kind: str, **values: object) -> str:
         return kind + " { " + " ".join(f"{name} = {json.dumps(value)};"
                                        for name, value in values.items()) + " }\n"
 
-    w, h = hall["half"]
-    loops = [([(-w, -h), (-w, h), (w, h), (w, -h)], hall["walls"])]
-    for x, y, r, texture in hall["pillars"]:
-        corners = [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
-        loops.append((corners, [texture] * 4))
+    (w, h), rail = hall["half"], hall["rail"]
+    # Middle, half the sides, textures. The walls go round the other way: they face inwards.
+    loops = [(0, 0, w, -h, hall["walls"][1:] + hall["walls"][:1])]
+    loops += [(x, y, r, r, [texture] * 4) for x, y, r, texture in hall["pillars"]]
+    if rail:
+        loops.append((0, 0, w - rail, h - rail, ["-"] * 4))
+        loops += [(x, y, r + rail, r + rail, ["-"] * 4) for x, y, r, _ in hall["pillars"]]
     text, first = 'namespace = "zdoom";\n', 0
-    for corners, textures in loops:
-        for i, ((x, y), texture) in enumerate(zip(corners, textures, strict=True)):
-            text += block("vertex", x=float(x), y=float(y))
+    for x, y, a, b, textures in loops:
+        corners = ((x - a, y - b), (x + a, y - b), (x + a, y + b), (x - a, y + b))
+        for i, (corner, texture) in enumerate(zip(corners, textures, strict=True)):
+            text += block("vertex", x=float(corner[0]), y=float(corner[1]))
             text += block("sidedef", sector=0, texturemiddle=texture)
-            text += block("linedef", v1=first + i, v2=first + (i + 1) % len(corners),
-                          sidefront=first + i, blocking=True)
-        first += len(corners)
+            back = {"sideback": first + i, "twosided": True} if texture == "-" else {}
+            text += block("linedef", v1=first + i, v2=first + (i + 1) % 4, sidefront=first + i,
+                          blocking=True, **back)
+        first += 4
     skills = {f"skill{level}": True for level in range(1, 6)}
     return text + block(
         "sector", heightfloor=0, heightceiling=hall["height"], texturefloor=hall["floor"],
@@ -115,9 +122,11 @@ def map_text(hall: dict) -> str:
         "thing", x=0.0, y=0.0, angle=0, type=1, single=True, **skills)
 
 
-def paint(colour: tuple, shape: str = "", shape_colour: tuple = ()) -> Image.Image:
-    """A texture of the arena, one pixel per unit of the map: as wide and high as its walls."""
-    wall = Image.new("RGB", (512, 160), colour)
+def paint(width: int, left: tuple, right: tuple, shape: str = "", shape_colour: tuple = ()
+          ) -> Image.Image:
+    """A texture of the arena, a pixel per unit of the map, from one colour to another."""
+    shades = np.linspace(left, right, width).astype(np.uint8)
+    wall = Image.fromarray(np.tile(shades, (512, 1, 1)))
     draw = ImageDraw.Draw(wall)
     if shape == "disc":
         draw.ellipse((196, 20, 316, 140), shape_colour)
@@ -127,8 +136,8 @@ def paint(colour: tuple, shape: str = "", shape_colour: tuple = ()) -> Image.Ima
         draw.rectangle((236, 16, 276, 144), shape_colour)
         draw.rectangle((192, 60, 320, 100), shape_colour)
     elif shape == "peaks":
-        for left in (56, 216, 336):
-            draw.polygon([(left, 160), (left + 80, 30), (left + 160, 160)], shape_colour)
+        for left in (76, 216, 316):
+            draw.polygon([(left, 160), (left + 60, 40), (left + 120, 160)], shape_colour)
     return wall
 
 
@@ -242,14 +251,14 @@ def nearest(count: float) -> int:
     return min(MOUSE_X, key=lambda bin: abs(bin - count))
 
 
-def record(game: Game, half: tuple[int, int], behaviour: str, random: np.random.Generator,
+def record(game: Game, reach: tuple[float, float], behaviour: str, random: np.random.Generator,
            frames: int) -> dict:
     """One episode: frame t shows the hall before action t. It begins where a walk has led."""
     game.begin(int(random.integers(2**31)))
     for t, (down, count) in enumerate(plan("keys", random, 400)):
         game.act(down - {"left click"}, 3 * count)
         x, y, _ = np.abs(game.pose())
-        if t > 60 and x < 0.75 * half[0] and y < 0.75 * half[1]:
+        if t > 60 and x < reach[0] and y < reach[1]:
             break  # anywhere but at a wall
     for _ in range(2):
         game.act(set(), 0)
@@ -279,7 +288,8 @@ def record_episodes(args: Settings, numbers: range) -> list[bytes]:
             {"arena": ARENA, "textured": TEXTURED}[args.world])
     game = Game(hall)
     for i in numbers:
-        rows = record(game, hall["half"], BEHAVIOURS[i % len(BEHAVIOURS)],
+        reach = [0.75 * (side - hall["rail"]) for side in hall["half"]]
+        rows = record(game, reach, BEHAVIOURS[i % len(BEHAVIOURS)],
                       np.random.default_rng([seed, i]), args.frames)
         examples.append(encode_example({
             "steps/observation/image": [to_jpeg(frame, args.quality) for frame in rows["frames"]],

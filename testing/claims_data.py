@@ -451,7 +451,10 @@ def test_each_simulator_draws_its_own_world_and_varies_it_anew():
 def test_the_arena_is_recorded_in_csgos_layout():
     for hall in (record_arena.ARENA, record_arena.TEXTURED, record_arena.draw_hall(7)):
         text = record_arena.map_text(hall)
-        assert text.count("linedef") == text.count("vertex") == 4 + 4 * len(hall["pillars"])
+        rectangles = 1 + len(hall["pillars"])  # and as many rails, which can be seen from no side
+        rails = rectangles if hall["rail"] else 0
+        assert text.count("linedef") == text.count("vertex") == 4 * (rectangles + rails)
+        assert text.count("twosided = true") == text.count('texturemiddle = "-"') == 4 * rails
         assert set(hall["walls"]) <= set(re.findall(r'texturemiddle = "(\w+)"', text))
     written = record_arena.lumps_of(record_arena.ARENA)
     record_arena.write_wad(path := folder() / "hall.wad", written)
@@ -463,10 +466,10 @@ def test_the_arena_is_recorded_in_csgos_layout():
         lumps[entry[8:].rstrip(b"\0").decode()] = content[begin : begin + size]
     assert lumps == dict(written) and list(lumps)[:3] == ["MAP01", "TEXTMAP", "ENDMAP"]
     walls = [np.array(Image.open(io.BytesIO(lumps[wall]))) for wall in record_arena.ARENA["walls"]]
-    assert all(wall.shape == (160, 512, 3) for wall in walls)
-    for wall in walls:  # told apart by their corners, and each with a picture
+    assert all(wall.shape == (512, 512, 3) for wall in walls)
+    for wall in walls:  # told apart by their corners, each shaded along it and with a picture
         assert sum((wall[0, 0] == other[0, 0]).all() for other in walls) == 1
-        assert (wall != wall[0, 0]).any()
+        assert (wall[0, 0] != wall[0, -1]).any() and (wall[80, 256] != wall[0, 256]).any()
     random, payloads = np.random.default_rng(0), []
     for behaviour in record_arena.BEHAVIOURS:
         planned = record_arena.plan(behaviour, random, 24)

@@ -136,8 +136,8 @@ def paint(width: int, left: tuple, right: tuple, shape: str = "", shape_colour: 
         draw.rectangle((236, 16, 276, 144), shape_colour)
         draw.rectangle((192, 60, 320, 100), shape_colour)
     elif shape == "peaks":
-        for left in (76, 216, 316):
-            draw.polygon([(left, 160), (left + 60, 40), (left + 120, 160)], shape_colour)
+        for foot in (76, 216, 316):
+            draw.polygon([(foot, 160), (foot + 60, 40), (foot + 120, 160)], shape_colour)
     return wall
 
 
@@ -253,7 +253,8 @@ def nearest(count: float) -> int:
 
 def record(game: Game, reach: tuple[float, float], behaviour: str, random: np.random.Generator,
            frames: int) -> dict:
-    """One episode: frame t shows the hall before action t. It begins where a walk has led."""
+    """One episode: frame t shows the hall before action t. It begins where a walk has led, at most
+    `reach` (x and y, in map units) from the middle."""
     game.begin(int(random.integers(2**31)))
     for t, (down, count) in enumerate(plan("keys", random, 400)):
         game.act(down - {"left click"}, 3 * count)
@@ -286,9 +287,8 @@ def record_episodes(args: Settings, numbers: range) -> list[bytes]:
     seed = zlib.crc32(f"{args.world} {args.split}".encode())
     hall = (draw_hall(1 + numbers[0] // args.per_file % 200) if others else
             {"arena": ARENA, "textured": TEXTURED}[args.world])
-    game = Game(hall)
+    game, reach = Game(hall), tuple(0.75 * (side - hall["rail"]) for side in hall["half"])
     for i in numbers:
-        reach = [0.75 * (side - hall["rail"]) for side in hall["half"]]
         rows = record(game, reach, BEHAVIOURS[i % len(BEHAVIOURS)],
                       np.random.default_rng([seed, i]), args.frames)
         examples.append(encode_example({

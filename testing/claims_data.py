@@ -455,6 +455,8 @@ def test_the_arena_is_recorded_in_csgos_layout():
         rails = rectangles if hall["rail"] else 0
         assert text.count("linedef") == text.count("vertex") == 4 * (rectangles + rails)
         assert text.count("twosided = true") == text.count('texturemiddle = "-"') == 4 * rails
+        reach = hall["half"][0] - hall["rail"]
+        assert text.count(f"x = {reach}.0;") == text.count(f"x = -{reach}.0;") == 2
         assert set(hall["walls"]) <= set(re.findall(r'texturemiddle = "(\w+)"', text))
     written = record_arena.lumps_of(record_arena.ARENA)
     record_arena.write_wad(path := folder() / "hall.wad", written)

@@ -141,8 +141,8 @@ def run(settings: Settings) -> None:
              "learned."]
     print("\n" + "\n".join(lines))
     (Path(settings.out) / "baselines.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    clips = {row: np.load(Path(settings.out) / f"{row.replace(' ', '_')}_0.npy")
-             for row in settings.rows}
+    files = {row: Path(settings.out) / f"{row.replace(' ', '_')}_0.npy" for row in settings.rows}
+    clips = {row: np.load(file) for row, file in files.items() if file.exists()}
     save_strip(path := Path(settings.out) / "baselines.png",
                {"truth": held_out.truth[farthest(held_out)]} | clips)
     print(f"one episode, as each imagines it: {path}")

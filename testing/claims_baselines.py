@@ -3,7 +3,6 @@ import sys
 import re
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -27,7 +26,6 @@ from testing.episodes import encode_jpeg
 from testing.golden import error_of
 from training.run_folder import read_settings
 
-HERE = Path(__file__).parent.parent
 
 
 def clip_baselines() -> tuple[np.ndarray, np.ndarray, Model, dict[str, tuple]]:

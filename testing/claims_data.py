@@ -1,17 +1,13 @@
 """Claims about data sets, file formats and the bundled recordings."""
 import colorsys
-import contextlib
 import hashlib
-import io
 import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -25,14 +21,10 @@ from data import DATA_SETS, SAMPLES, Clips, collate, fit_frames, open_episodes
 from dynamicrafter.autoencoder import AutoencoderConfig
 from dynamicrafter.clip import ImageTowerConfig, TextTowerConfig
 from dynamicrafter.resampler import ResamplerConfig
-from episodes import from_lerobot, from_video, recon, tfrecord
+from episodes import from_lerobot, from_video
 from episodes.csgo import csgo_action
 from episodes.csgo import describe as describe_csgo
-from episodes.crc32c import crc32c
 from episodes.frames import cut_bars, for_metrics
-from episodes.images import decode, decode_all
-from episodes.tfrecord import (encode_example, encode_field, feature_numbers, parse_example,
-                               write_records)
 from evaluation import evaluate
 from model import saving
 from model.saving import from_vid2world, from_world, load_model
@@ -40,167 +32,14 @@ from model.vid2world import ModelConfig
 from play.keys import Keyboard
 from support import pictures
 from support.errors import CheckpointError, DataError, RequestError
-from support.pictures import psnr
+from support.pictures import psnr, save_gif
 from testing.commands import folder, needs, raises, refused, run_command
-from testing.episodes import encode_jpeg, flip_byte, make_csgo, make_episode, make_rt1, shard_of
+from testing.episodes import flip_byte, make_csgo, make_rt1, shard_of
 from testing.golden import released_names
 from testing.worlds import SMALL, save_world, small_checkpoint, small_preset
 from unet import UNet
 
 HERE = Path(__file__).parent.parent
-
-
-def test_the_checksum_is_crc32c():
-    assert crc32c(b"123456789") == 0xE3069283  # RFC 3720
-    assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(bytes(range(32))) == 0x46DD794E
-    text = np.random.default_rng(0).bytes(5000)
-    # the fast way above 256 bytes against the plain one below
-    for cut in (255, 256, 257, 1000, 4999):
-        crc = 0xFFFFFFFF
-        for byte in text[:cut]:
-            crc ^= byte
-            for _ in range(8):
-                crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-        assert crc32c(text[:cut]) == crc ^ 0xFFFFFFFF, cut
-
-
-def test_episodes_come_back_as_they_were_written():
-    root = make_rt1([5, 9, 7], shards=2)
-    episodes = open_episodes("rt1", root)
-    assert sorted(len(e.frames) for e in episodes) == [5, 7, 9]
-    assert sorted(e.length for e in episodes) == [5, 7, 9]
-    frames, actions = make_episode(9, seed=1)
-    episode = next(e for e in episodes if e.length == 9)
-    assert np.array_equal(episode.actions, actions) and episode.actions.dtype == np.float32
-    # it is JPEG
-    assert episode.frames.shape == frames.shape and np.abs(
-        episode.frames.astype(int) - frames).mean() < 3
-    part, part_actions = episode.read(2, 6)
-    assert np.array_equal(part, episode.frames[2:6]) and np.array_equal(part_actions, actions[2:6])
-    for root_too in (root.parent, root / "0.1.0"):  # a folder above, the version folder
-        assert len(open_episodes("rt1", root_too)) == 3
-
-
-def test_lists_of_numbers_may_be_packed_or_not():
-    floats = np.array([1.5, -2.0, 3.25], "<f4")
-    loose = b"".join(b"\x0d" + value.tobytes() for value in floats)  # field 1, 4 bytes, three times
-    entry = encode_field(1, b"f") + encode_field(2, encode_field(2, loose))
-    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))),
-                           "f").tolist() == floats.tolist()
-    example = parse_example(memoryview(encode_example({"f": floats,
-                                                       "i": np.array([5, -3, 2**40])})))
-    assert feature_numbers(example, "f").tolist() == floats.tolist()
-    assert feature_numbers(example, "i").tolist() == [5, -3, 2**40]
-    loose = b"\x08\x05\x08" + b"\xfd" + b"\xff" * 8 + b"\x01"  # 5 and -3, one field each
-    entry = encode_field(1, b"i") + encode_field(2, encode_field(3, loose))
-    assert feature_numbers(parse_example(memoryview(encode_field(1, encode_field(1, entry)))),
-                           "i").tolist() == [5, -3]
-
-
-def test_npz_episodes_are_read_too():
-    root = folder()
-    frames, actions = make_episode(6, seed=0)
-    np.savez(root / "one.npz", image=frames, action=actions)
-    episode = open_episodes("rt1", root)[0]
-    assert episode.name == "one"
-    assert np.array_equal(episode.frames, frames) and np.array_equal(episode.actions, actions)
-    np.savez(root / "two.npz", image=frames)
-    with raises(DataError, "two.npz has no action"):
-        open_episodes("rt1", root)
-
-
-def test_npz_episodes_of_another_kind_are_refused_or_damaged():
-    root = folder()
-    frames, actions = make_episode(6, seed=0)
-    np.savez(root / "narrow.npz", image=frames, action=actions[:, :7])
-    with raises(DataError, "narrow.npz does not hold this data set: its actions have 7 numbers, "
-                           "not 13"):
-        open_episodes("rt1", root)
-    (root / "narrow.npz").unlink()
-    np.savez(root / "good.npz", image=frames, action=actions)
-    np.savez(root / "short.npz", image=frames, action=actions[:4])
-    np.savez(root / "complex.npz", image=frames, action=actions.astype(np.complex64))
-    (root / "text.npz").write_text("not an archive", encoding="utf-8")
-    episodes = {episode.name: episode for episode in open_episodes("rt1", root)}
-    assert set(episodes) == {"good", "complex"}
-    assert any("short is damaged: it has 6 frames and 4 actions" in problem
-               for problem in open_episodes("rt1", root).problems)
-    with raises(DataError, "complex is damaged: action is complex64"):
-        _ = episodes["complex"].frames
-
-
-def test_pictures_of_every_kind_are_read_or_called_damaged():
-    def png(picture: Image.Image) -> bytes:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        return file.getvalue()
-
-    # 16 bits, as bright as 100 of 255
-    grey = png(Image.fromarray(np.full((4, 4), 100 * 257, np.uint16)))
-    assert decode(grey).shape == (4, 4, 3) and (decode(grey) == 100).all()
-    assert (decode(png(Image.new("L", (4, 4), 100))) == 100).all()
-    assert (decode(png(Image.new("RGBA", (4, 4), (1, 2, 3, 4)))) == [1, 2, 3]).all()
-    bomb = bytearray(png(Image.new("L", (4, 4))))
-    bomb[16:24] = (30000).to_bytes(4, "big") * 2  # a header that claims 900 million pixels
-    for broken in (bytes(bomb), grey[:40], b"", b"\x89PNG"):
-        with raises(DataError, "not a readable picture|pixels"):
-            decode(broken)
-    with raises(DataError, "a frame has 5000×5000 pixels"):
-        decode(png(Image.new("1", (5000, 5000))))
-    with raises(DataError, "different sizes .4×4, 8×4"):
-        decode_all([grey, png(Image.new("L", (4, 8)))])
-
-
-def test_the_index_is_built_once_and_again_for_a_shard_that_changed():
-    root, walked = make_rt1([4, 5, 6, 7], shards=2), []
-    walk = tfrecord.walk_records
-    tfrecord.walk_records = lambda path: walked.append(path.name) or walk(path)
-    try:
-        first = open_episodes("rt1", root)
-        assert len(walked) == 2
-        again = open_episodes("rt1", root)
-        assert len(walked) == 2 and np.array_equal(first.records, again.records)
-        os.utime(shard_of(root, 1), ns=(1, 1))
-        open_episodes("rt1", root)
-        assert walked[2:] == [shard_of(root, 1).name]
-    finally:
-        tfrecord.walk_records = walk
-
-
-def test_an_interrupted_index_keeps_what_it_knew():
-    root, walked = make_rt1([4] * 6, shards=6), []
-    open_episodes("rt1", root)
-    for i in (1, 4):
-        os.utime(shard_of(root, i), ns=(1, 1))
-    walk = tfrecord.walk_records
-    def interrupted(path: Path):
-        walked.append(path.name)
-        if len(walked) == 2:
-            raise KeyboardInterrupt
-        return walk(path)
-    tfrecord.walk_records = interrupted
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            open_episodes("rt1", root)
-        assert len(open_episodes("rt1", root)) == 6
-    finally:
-        tfrecord.walk_records = walk
-    assert walked == [shard_of(root, i).name for i in (1, 4, 4)]  # and not those that come later
-
-
-def test_links_are_followed_and_the_newest_version_is_read():
-    root, elsewhere = folder(), make_rt1([5] * 3)
-    (root / "link").symlink_to(elsewhere)
-    (root / "circle").symlink_to(root)
-    assert [e.length for e in open_episodes("rt1", root)] == [5, 5, 5]
-    newer = elsewhere / "0.10.0"
-    newer.mkdir()
-    shard_of(make_rt1([7] * 2)).rename(newer / "fractal20220817_data-train.tfrecord-00000-of-00001")
-    (newer / "fractal20220817_data-train.tfrecord-00000-of-00001.gstmp").write_bytes(b"half")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        assert [e.length for e in open_episodes("rt1", elsewhere)] == [7, 7]
-    assert "0.1.0, 0.10.0 the newest is read, 0.10.0" in printed.getvalue()
 
 
 def test_train_and_validation_are_disjoint_stable_and_follow_shard_names():
@@ -418,80 +257,6 @@ def test_what_needs_another_package_says_which():
             open_episodes("recon", root, "all")
 
 
-def test_each_simulator_draws_its_own_world_and_varies_it_anew():
-    calls, flags = [], [1, 1, 1]
-    viewer = SimpleNamespace(scn=SimpleNamespace(flags=flags),
-                             make_context_current=lambda: calls.append("current"))
-    model = SimpleNamespace(cam_pos=np.zeros((1, 3)), light_diffuse=np.ones((2, 3)),
-                            mat_rgba=np.full((4, 4), 0.5), nmat=4,
-                            mat=lambda i: SimpleNamespace(name="table_wood" if i == 0 else "own"))
-    simulator = object.__new__(record_drawer.Simulator)
-    simulator.camera, simulator.flags_off = 0, (0, 2)
-    simulator.env = SimpleNamespace(
-        model=model, mujoco_renderer=SimpleNamespace(_get_viewer=lambda mode: viewer),
-        render=lambda: (calls.append("render"), np.zeros((128, 160, 3), np.uint8))[1])
-    assert simulator.render().shape == (64, 80, 3) and calls == ["current", "render"]
-    assert flags == [0, 1, 0]
-    simulator.painted = {name: getattr(model, name).copy()
-                         for name in ("mat_rgba", "light_diffuse", "cam_pos")}
-    changed = Counter()
-    for seed in range(300):
-        simulator.vary(np.random.default_rng(seed))
-        reach = np.abs(model.cam_pos[0])
-        assert (reach <= record_drawer.CAMERA_REACH).all() and (model.mat_rgba[:, 3] == 0.5).all()
-        assert 0.5 <= model.light_diffuse.min() and model.light_diffuse.max() <= 1.5
-        changed.update(name for name, moved in (
-            ("view", reach), ("light", model.light_diffuse != 1),
-            ("own", model.mat_rgba[1:, :3] != 0.5), ("everywhere", model.mat_rgba[0, :3] != 0.5))
-            if moved.any())
-    for name, share in (("view", 1 / 2), ("light", 1 / 2), ("own", 1 / 2), ("everywhere", 1 / 8)):
-        assert abs(changed[name] / 300 - share) < 0.09, changed
-
-
-def test_the_arena_is_recorded_in_csgos_layout():
-    for hall in (record_arena.ARENA, record_arena.TEXTURED, record_arena.draw_hall(7)):
-        text = record_arena.map_text(hall)
-        rectangles = 1 + len(hall["pillars"])  # and as many rails, which can be seen from no side
-        rails = rectangles if hall["rail"] else 0
-        assert text.count("linedef") == text.count("vertex") == 4 * (rectangles + rails)
-        assert text.count("twosided = true") == text.count('texturemiddle = "-"') == 4 * rails
-        reach = hall["half"][0] - hall["rail"]
-        assert text.count(f"x = {reach}.0;") == text.count(f"x = -{reach}.0;") == 2
-        assert set(hall["walls"]) <= set(re.findall(r'texturemiddle = "(\w+)"', text))
-    written = record_arena.lumps_of(record_arena.ARENA)
-    record_arena.write_wad(path := folder() / "hall.wad", written)
-    content = path.read_bytes()
-    count, directory = np.frombuffer(content[4:12], "<i4")
-    lumps = {}
-    for entry in (content[directory + 16 * i :][:16] for i in range(count)):
-        begin, size = np.frombuffer(entry[:8], "<i4")
-        lumps[entry[8:].rstrip(b"\0").decode()] = content[begin : begin + size]
-    assert lumps == dict(written) and list(lumps)[:3] == ["MAP01", "TEXTMAP", "ENDMAP"]
-    walls = [np.array(Image.open(io.BytesIO(lumps[wall]))) for wall in record_arena.ARENA["walls"]]
-    assert all(wall.shape == (512, 512, 3) for wall in walls)
-    for wall in walls:  # told apart by their corners, each shaded along it and with a picture
-        assert sum((wall[0, 0] == other[0, 0]).all() for other in walls) == 1
-        assert (wall[0, 0] != wall[0, -1]).any() and (wall[80, 256] != wall[0, 256]).any()
-    random, payloads = np.random.default_rng(0), []
-    for behaviour in record_arena.BEHAVIOURS:
-        planned = record_arena.plan(behaviour, random, 24)
-        counts = np.array([count for _, count in planned])
-        assert len(planned) == 24 and abs(counts).max() <= record_arena.FASTEST
-        actions = np.array([csgo_action(sorted(down), x=count) for down, count in planned])
-        frames = random.integers(0, 256, (24, 64, 80, 3), dtype=np.uint8)
-        payloads.append(encode_example({
-            "steps/observation/image": [encode_jpeg(frame) for frame in frames],
-            "steps/action": actions.ravel(), "steps/observation/pose": np.zeros(72, np.float32)}))
-    write_records(path.parent / "csgo_arena-val.tfrecord-00000-of-00001", payloads)
-    episodes = open_episodes("csgo", path.parent, "val")
-    assert len(episodes) == 6 and episodes.dataset.aspect == (64, 80)
-    assert episodes.dataset.network_fps == 9 and episodes[0].actions.shape == (24, 51)
-    assert np.array_equal(episodes[5].actions, actions)
-    assert episodes[0].feature("steps/observation/pose").shape == (24, 3)
-    compared = for_metrics(episodes[0].frames, (64, 80), episodes.dataset.compare_at)
-    assert compared.shape == (24, 64, 80, 3)
-
-
 def test_the_held_out_clips_of_csgo_are_the_published_ones():
     # The published evaluation draws 500 first frames and hands them to its files in the order of
     # their paths, two hundred files to a folder.
@@ -515,68 +280,6 @@ def test_networks_are_told_the_frame_rate_that_the_published_ones_were():
         ("world_vector", 3)]
     arena = open_episodes("csgo", SAMPLES).dataset
     assert arena.network_fps == arena.fps == 9
-
-
-def test_csgo_is_read_as_h5py_reads_it():
-    needs("h5py")
-    import h5py
-    root = make_csgo(["hdf5_dm_july2021_1.hdf5", "hdf5_dm_july2021_3.hdf5",
-                      "hdf5_dm_july2021_2.hdf5"], frames=390)
-    train_set, held_out = (open_episodes("csgo", root, split) for split in ("train", "val"))
-    assert [e.name for e in train_set] == ["hdf5_dm_july2021_1", "hdf5_dm_july2021_2"]
-    assert [(e.name, e.length) for e in held_out] == [("hdf5_dm_july2021_3", 390 - 372)]
-    with h5py.File(train_set[1].path) as file:
-        frames, actions = train_set[1].read(30, 33)
-        for i, frame in enumerate(frames):
-            assert np.array_equal(frame, file[f"frame_{30 + i}_x"][()][:, :, ::-1])
-            assert np.array_equal(actions[i], file[f"frame_{30 + i}_y"][()])
-    with h5py.File(held_out[0].path) as file:  # begins at the protocol's frame 372
-        assert np.array_equal(held_out[0].frames[1], file["frame_373_x"][()][:, :, ::-1])
-        assert np.array_equal(held_out[0].actions[17], file["frame_389_y"][()])
-    shard = root / "1-200" / "hdf5_dm_july2021_2.hdf5"
-    shard.write_bytes(shard.read_bytes()[:5000])
-    assert open_episodes("csgo", root, "train").damaged == 1
-    with h5py.File(root / "1-200" / "hdf5_dm_july2021_4.hdf5", "w") as file:
-        file["something"] = 1
-    with raises(DataError, "4.hdf5 does not hold this data set"):
-        open_episodes("csgo", root)
-
-
-def test_recon_is_a_drive_in_the_robots_own_frame():
-    needs("h5py")
-    import h5py
-    root = folder()
-    # from the origin, looking north: two metres ahead, a quarter to the left, one metre ahead, and
-    # a turn to the right across the end of the circle
-    place = np.array([[0, 0, 9], [0, 2, 9], [0, 2, 9], [-1, 2, 9], [-1, 2, 9]], float)
-    yaw = np.array([np.pi / 2, np.pi / 2, np.pi, np.pi, -np.pi + 0.1])
-    frames = [np.full((48, 64, 3), 40 * t, np.uint8) for t in range(5)]
-    for name in ("jackal_2019-08-02-16-23-29_0_r00", "jackal_b", "jackal_c"):
-        with h5py.File(root / f"{name}.hdf5", "w") as file:
-            pictures = file.create_dataset("images/rgb_left", 5, h5py.vlen_dtype(np.uint8))
-            for t, frame in enumerate(frames):
-                pictures[t] = np.frombuffer(encode_jpeg(frame), np.uint8)
-            file["jackal/position"], file["jackal/yaw"] = place, yaw[:, None]
-    (root / "test").mkdir()
-    (root / "test" / "traj_names.txt").write_text("jackal_b\n", encoding="utf-8")
-    train_set, held_out = (open_episodes("recon", root, split) for split in ("train", "val"))
-    assert [e.name for e in held_out] == ["jackal_b"] and len(train_set) == 2
-    assert train_set[0].length == 5 and train_set.dataset.action_dim == 3
-    expected = [[2, 0, 0], [0, 0, np.pi / 2], [1, 0, 0], [0, 0, 0.1], [0, 0, 0]]
-    assert np.allclose(train_set[0].actions, expected, atol=1e-6)
-    seen, taken = train_set[0].read(2, 4)
-    assert seen.shape == (2, 320, 320, 3) and abs(seen[0].mean() - 80) < 2
-    assert np.allclose(taken, expected[2:4], atol=1e-6)
-    driven = recon.motions(np.array([[0, 0], [0, 1], [1, 1]]), np.array([0, 0.5, 0.7]))
-    assert np.allclose(driven, [[0, 1, 0.5], [np.cos(0.5), -np.sin(0.5), 0.2]])
-    assert data.describe_action(train_set.dataset, train_set[0].actions[0]) == "ahead"
-    path = root / "jackal_c.hdf5"
-    path.write_bytes(path.read_bytes()[:1500])
-    assert open_episodes("recon", root, "train").damaged == 1
-    with h5py.File(path, "w") as file:
-        file["something"] = 1
-    with raises(DataError, "jackal_c.hdf5 does not hold this data set"):
-        open_episodes("recon", root)
 
 
 def test_a_released_csgo_checkpoint_rolls_out():
@@ -619,3 +322,11 @@ def test_frames_are_compared_as_the_published_figures_were():
     rt1 = fit_frames(smooth[:, :, :187], 320, 512)  # the aspect of 256×320
     assert np.array_equal(for_metrics(rt1, (256, 320), None), rt1)
     assert cut_bars(rt1, (256, 320)).shape == (2, 320, 400, 3)
+
+
+def test_an_animation_is_as_fast_as_a_browser_shows_it():
+    frames = np.random.default_rng(0).integers(0, 255, (12, 64, 80, 3), dtype=np.uint8)
+    for fps, shown, number in ((60, 30, 6), (50, 20, 12), (30, 30, 12), (5, 200, 12)):
+        save_gif(path := folder() / "a.gif", {"imagined": frames}, fps)
+        with Image.open(path) as animation:
+            assert animation.info["duration"] == shown and animation.n_frames == number

@@ -3,7 +3,6 @@ import os
 import re
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -25,7 +24,6 @@ from testing.golden import error_of
 from testing.worlds import small_checkpoint, small_episode, small_world, train_words
 from training.settings import Settings
 
-HERE = Path(__file__).parent.parent
 
 
 def test_memory_is_counted_as_it_is():

@@ -1,7 +1,6 @@
 """Claims about DIAMOND and the game that it is compared in."""
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -21,7 +20,6 @@ from testing import hall
 from testing.commands import folder, raises, refused, run_command
 from testing.episodes import make_episode, make_rt1
 
-HERE = Path(__file__).parent.parent
 DIAMOND = diamond.DiamondConfig(action_dim=0, channels=(32, 32), attention=(False, True), blocks=1,
                                 cond=32)
 

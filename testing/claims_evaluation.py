@@ -16,22 +16,17 @@ import torch
 from torch import Tensor
 
 import sample
-import train
-from bundled.bundle_checkpoint import bundle_base, bundle_world
 from data import DATA_SETS, SAMPLES, open_episodes
-from dynamicrafter.checkpoint import read_checkpoint
-from evaluation import (ablations, baselines, comparison, controllability, evaluate,
-                        futures, game, intervals, metrics, policies, transfers)
-from model.saving import ARENA_WORLD, TINY_BASE, TINY_WORLD, from_dynamicrafter, load_model
+from evaluation import (ablations, baselines, comparison, controllability, evaluate, futures, game,
+                        intervals, metrics, policies, transfers)
+from model.saving import TINY_BASE, TINY_WORLD, load_model
 from model.vid2world import PRESETS
 from play import __main__ as play
 from support.errors import DataError
 from testing import speed
 from testing.commands import folder, free_port, raises, refused, run_command
-from testing.episodes import make_episode, make_rt1
-from testing.golden import error_of
+from testing.episodes import make_rt1
 from testing.networks import small_networks
-from testing.worlds import small_preset, train_words
 
 HERE = Path(__file__).parent.parent
 
@@ -174,86 +169,7 @@ def test_a_mean_stands_with_its_bootstrap_interval_and_a_rate_with_wilsons():
 
 
 # --------------------------------------------------------------------------------------------------
-# The bundled world
-
-
-def test_the_bundled_world_predicts_what_actions_do():
-    episodes = open_episodes("rt1", SAMPLES, "val").select(np.arange(3))
-    world = sample.load_world(TINY_WORLD, guidance=1.0, steps=2)
-    (frames, actions), = evaluate.read_batches(episodes, 10, 3, world.model.config)
-    scores = evaluate.evaluate(world, episodes, frames=10, context_frames=1, batch=3)
-    right, repeating = (scores[name].mean() for name in ("psnr", "psnr of repeating"))
-    others = evaluate.rollout_batch(world, frames, np.roll(actions, 1, axis=0)[:, :-1])
-    misled = metrics.psnr(others, frames)[:, 1:].mean()
-    assert scores["psnr"].shape == (3, 9)
-    assert right > repeating + 4 and right > misled + 4, (right, repeating, misled)
-
-
-def test_the_bundled_game_beats_standing_still():
-    episodes = open_episodes("csgo", SAMPLES, "val").select(np.array([0, 1, 2]))
-    world = sample.load_world(ARENA_WORLD)
-    scores = evaluate.evaluate(world, episodes, frames=12, context_frames=4, batch=3)
-    imagined, repeating = (scores[name].mean() for name in ("psnr", "psnr of repeating"))
-    assert imagined > repeating + 2, (imagined, repeating)
-
-
-def test_the_bundled_files_are_small_and_halved():
-    for path in (TINY_BASE, TINY_WORLD, ARENA_WORLD):
-        content = read_checkpoint(path)
-        weights = content.get("state_dict") or content["weights"]
-        kinds = {tensor.dtype for name, tensor in weights.items() if name != "action_statistics"}
-        assert path.stat().st_size < 16e6 and kinds == {torch.float16}, path
-    assert sum(path.stat().st_size for path in (HERE / "samples").iterdir()) < 17e6
-    assert sum(p.numel() for p in from_dynamicrafter(TINY_BASE,
-                                                     PRESETS["tiny"]).unet.parameters()) < 8e6
-
-
-def test_without_data_or_checkpoint_the_commands_take_the_bundled_ones_and_say_so():
-    before = os.getcwd()
-    os.chdir(folder())  # where there is no datasets/
-    try:
-        code, said = run_command(train.main, "--steps", 2, "--batch", 1, "--frames", 4,
-                                 "--workers", 0, "--set", "val_clips=1")
-        assert code == 0 and "python sample.py --checkpoint runs/default" in said, said
-        assert "rt1 from samples (bundled)" in said and "base: tiny_base.pt (bundled)" in said
-        code, said = run_command(sample.main, "--guidance", 2.0, "--frames", 3)
-        assert code == 0 and said.count("PSNR") == 2, said
-        assert "tiny_world.pt (bundled)" in said and "samples (bundled)" in said
-        code, said = run_command(sample.main, "--data", "csgo", "--frames", 5)
-        assert code == 0 and said.count("PSNR") == 1, said
-        assert "arena_world.pt (bundled), data: csgo from samples (bundled)" in said
-        frames = open_episodes("csgo", SAMPLES, "val")[0].read(0, 5)[0]
-        repeating = metrics.psnr(frames[3], frames[4])  # the last of the four that are given
-        assert f"(repeating the last given: {repeating:5.2f})" in said
-    finally:
-        os.chdir(before)
-
-
-@small_preset()
-def test_runs_are_bundled_as_a_base_and_as_a_world():
-    root, runs, out = make_rt1([8] * 6), folder(), folder()
-    words = ["--lr", 1e-3, "--set", "warmup=0"]
-    assert run_command(train.main, *train_words(root, runs / "base", steps=1), *words,
-                       "--passive")[0] == 0
-    bundle_base(runs / "base", out / "tiny_base.pt")
-    words = [word for word in train_words(root, runs / "world", steps=2)
-             if word != "--scratch"] + words
-    assert run_command(train.main, *words, "--base", out / "tiny_base.pt")[0] == 0
-    bundle_world(runs / "world", out / "tiny_world.pt", "tiny_base.pt")
-    frames, actions = make_episode(4, seed=1)
-    ours, theirs = (sample.load_world(path, steps=2)
-                    for path in (out / "tiny_world.pt", runs / "world"))
-    for world in (ours, theirs):
-        sample.rollout(world, frames, actions[:-1])
-    assert error_of(ours.latents, theirs.latents) < 1e-2
-    assert not any(name.startswith("autoencoder.")
-                   for name in read_checkpoint(out / "tiny_world.pt")["weights"])
-    assert run_command(train.main, *words, "--base", out / "tiny_base.pt", "--overwrite",
-                       "--set", "decoder_steps=1")[0] == 0
-    bundle_world(runs / "world", out / "tiny_world.pt", "tiny_base.pt")
-    kept = read_checkpoint(out / "tiny_world.pt")["weights"]
-    assert any(name.startswith("autoencoder.decoder.") for name in kept)
-    assert not any(name.startswith(("autoencoder.encoder.", "image_tower.")) for name in kept)
+# Controllability, futures, and the paper's tables
 
 
 def test_the_gripper_is_read_off_frames_and_its_directions_off_episodes():
@@ -510,3 +426,12 @@ def test_measurements_refuse_what_they_cannot_measure():
         for number in (0, -1):
             refused(main, f"--{name}", number,
                     saying=f"--{name} is {number}; it must be at least")
+
+
+def test_a_distance_of_few_videos_says_so():
+    words = ["--frames", 4, "--steps", 1, "--i3d", small_networks()["--i3d"], "--out"]
+    code, said = run_command(evaluate.main, "--episodes", 1, *words, out := folder() / "one")
+    assert code == 0 and "| FVD | absent | one of the videos has no covariance |" in said, said
+    assert json.loads((out / "result.json").read_text(encoding="utf-8"))["absent"]
+    code, said = run_command(evaluate.main, "--episodes", 2, *words, folder() / "two")
+    assert code == 0 and "of 2 videos: too few to be compared with published" in said, said

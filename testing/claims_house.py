@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import sample
 import unet
 from support.options import parse
 from temporal import norm
+from testing.commands import folder
 from testing.faults import FAULTS
 from training.settings import parse_arguments
 
@@ -124,3 +126,24 @@ def test_the_readmes_commands_are_understood():
     for module in set(re.findall(r"python -m ([a-z_.]+)", readme)):
         path = HERE / module.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_every_file_is_utf8_whatever_the_code_page():
+    unsaid = re.compile(r"(?<![\w.])open\(|\.read_text\(\)|\.write_text\(")
+    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py")]:
+        source = path.read_text(encoding="utf-8")
+        for call in unsaid.finditer(source):
+            words = source[call.start() : call.start() + 400]
+            allowed = re.match(r'[^\n]*"[rwa]b"', words) or "encoding=" in words
+            defined = source[: call.start()].endswith("def ")
+            assert allowed or defined, f"{path}: {words[:60]}"
+    out = folder()
+    odd = os.fsencode(out) + b"/\xff.npy"
+    for words in (["diffusion_forcing.py"], ["action_guidance.py"],
+                  ["sample.py", "--steps", "1", "--frames", "2", "--out", out],
+                  ["sample.py", "--actions", odd]):
+        done = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True,
+                              env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+        assert done.returncode == (2 if odd in words else 0), done.stderr.decode()
+        assert b"Traceback" not in done.stderr
+    assert rb"\udcff.npy" in done.stderr

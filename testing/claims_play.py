@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import time
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from unittest import SkipTest
 
 import numpy as np
 from PIL import Image
@@ -255,3 +257,19 @@ def test_the_notebooks_cells_run_as_a_script():
     assert {path.name for path in out.iterdir()} == {"strip.png", "sweeps.png", "guidance.png"}
     futures = shown["futures"].astype(int)
     assert futures.shape[:2] == (6, 2) and abs(futures[0] - futures[1]).max() > 60
+
+
+def test_a_key_is_known_by_its_letter_and_else_by_its_place():
+    if not shutil.which("node"):
+        raise SkipTest("needs node")
+    page = (HERE / "play" / "index.html").read_text(encoding="utf-8")
+    named = re.search(r"const named = e => \{.*?\n\};", page, re.S)[0]
+    script = ("const own = ['w', 's', 'a', 'd'], actions = {r: 1}, buttonOf = k => own.includes(k);"
+              + named + "console.log(JSON.stringify(JSON.parse(process.argv[1]).map("
+              "([key, code]) => named({key, code}))))")
+    keys = [("w", "KeyW"), ("W", "KeyW"), ("ц", "KeyW"), ("ς", "KeyW"), ("z", "KeyW"),
+            ("Process", "KeyW"), ("ы", "KeyS"), ("a", "KeyQ"), ("r", "KeyR"), (" ", "Space"),
+            ("ArrowUp", "ArrowUp")]
+    done = subprocess.run(["node", "-e", script, json.dumps(keys)], capture_output=True, text=True,
+                          encoding="utf-8")
+    assert json.loads(done.stdout) == ["w", "w", "w", "w", "w", "w", "s", "a", "r", " ", "ArrowUp"]

@@ -2,7 +2,6 @@
 import os
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,7 +15,6 @@ from support.errors import RequestError
 from testing.commands import folder, raises, refused, run_command
 from testing.episodes import make_pictures
 
-HERE = Path(__file__).parent.parent
 
 
 def test_rank_violations_are_those_of_the_published_example():

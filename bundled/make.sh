@@ -75,6 +75,8 @@ python train.py --resume --out runs/flat --steps 10300 --cooldown 2300
 python train.py --data csgo --root recorded/arena --base runs/flat --out runs/arena --batch 2 \
     --steps 7200 --cooldown 4000 --bf16 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=2000 \
     decoder_steps=1000
+# Its steps to 10,160 with low_noise_prob=0.3; there the cooldown began.
+python train.py --resume --out runs/arena --steps 18000 --cooldown 8000 --set low_noise_prob=0.6
 python -m bundled.bundle_checkpoint world runs/arena checkpoints/arena_world.pt
 python -m baselines.train_diamond --data csgo --root recorded/flat --minutes 88 --batch 8 --bf16
 python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 133 --batch 8 --bf16 --resume

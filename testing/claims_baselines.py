@@ -27,7 +27,6 @@ from testing.golden import error_of
 from training.run_folder import read_settings
 
 
-
 def clip_baselines() -> tuple[np.ndarray, np.ndarray, Model, dict[str, tuple]]:
     """A clip's first frame and actions, the passive base, and each baseline's recipe and model."""
     settings = train.parse_arguments(["--data", "rt1"])

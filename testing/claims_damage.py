@@ -29,7 +29,6 @@ from testing.worlds import (SMALL, Exploit, losses, save_world, small_checkpoint
 from unet import load_dynamicrafter
 
 
-
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 

@@ -25,7 +25,6 @@ from testing.worlds import small_checkpoint, small_episode, small_world, train_w
 from training.settings import Settings
 
 
-
 def test_memory_is_counted_as_it_is():
     """Against arithmetic, and against what a real step leaves alive."""
     tiny = PRESETS["tiny"]

@@ -18,7 +18,6 @@ from testing.commands import folder, needs, raises
 from testing.episodes import encode_jpeg, make_csgo, make_episode, make_pictures, make_rt1, shard_of
 
 
-
 def test_the_checksum_is_crc32c():
     assert crc32c(b"123456789") == 0xE3069283  # RFC 3720
     assert crc32c(bytes(32)) == 0x8A9136AA and crc32c(bytes(range(32))) == 0x46DD794E

@@ -16,7 +16,6 @@ from testing.commands import folder, raises, refused, run_command
 from testing.episodes import make_pictures
 
 
-
 def test_rank_violations_are_those_of_the_published_example():
     true = np.array([0, 0.889, 0.926, 0.741, 0.630, 0.519])  # SIMPLER's drawer, six policies
     imagined = np.array([0.278, 0.667, 0.861, 0.891, 0.343, 0.444])

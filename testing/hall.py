@@ -8,10 +8,13 @@
                  direction: what it is worth to know the hall by heart
     blur         the first imagined frame and the twelfth, with 1, 2 and 4 steps: one step gives the
                  mean of what might come; what the twelfth lacks beyond the first is the place
+    places       how far the player is from where they were, imagined frame by imagined frame, and
+                 if they had stood still; and the reader's own error, on frames encoded and decoded
     memory       72 frames of five degrees each: is the first frame back, if the window keeps 4, 8
                  or 12 of its 16 frames when it slides, and if the anchor stays when it does?
 """
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,15 +25,17 @@ from tqdm import tqdm
 from data import Episodes, open_episodes
 from episodes.csgo import FIRST_X, FIRST_Y, MOUSE_X, csgo_action
 from evaluation.evaluate import WorldSettings, open_held_out, read_batches, rollout_batch
-from evaluation.game import GIVEN, SHORT, InitialStates, rollout_action, seen_from
+from evaluation.game import (GIVEN, POSE, SHORT, InitialStates, apart, open_reader, read_poses,
+                             rollout_action, seen_from)
 from evaluation.metrics import sharpness
+from evaluation.readers import FrameReader
 from model.memory import keep_malloc_heap
 from model.vid2world import to_frames, to_pixels
 from sample import Window, WorldModel
 from support.options import option, program
 from support.pictures import psnr
 
-PARTS = ("turns", "autoencoder", "bound", "blur", "memory")
+PARTS = ("turns", "autoencoder", "bound", "blur", "places", "memory")
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Settings(WorldSettings):
     parts: list[str] = option(PARTS, f"which: {', '.join(PARTS)}", nargs="+", metavar="NAME",
                               type=str, choices=PARTS)
     bound_steps: int = option(3000, "to train the network of the pose bound")
+    reader: str = option("evaluations/game/reader.pt", "of poses, trained if missing")
 
 
 class Draw(nn.Module):
@@ -78,10 +84,11 @@ def say(name: str, imagined: np.ndarray, truth: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def measure_autoencoder(world: WorldModel, truth: np.ndarray) -> None:
+def encode_and_decode(world: WorldModel, clips: np.ndarray) -> np.ndarray:
+    """uint8 [N, T, 64, 80, 3] -> the same frames, as the autoencoder gives them back."""
     decoded = [to_frames(world.model.decode(world.model.encode(to_pixels(torch.from_numpy(clip)))))
-               for clip in truth[:, None]]
-    say("autoencoder", np.concatenate(decoded), truth)
+               for clip in clips[:, None]]
+    return np.concatenate(decoded)
 
 
 def measure_pose_bound(training: Episodes, held_out: Episodes, steps: int) -> None:
@@ -112,6 +119,21 @@ def measure_blur(world: WorldModel, truth: np.ndarray, actions: np.ndarray, batc
             say(f"blur, {steps} steps, {name} imagined frame", imagined[:, t], truth[:, t])
 
 
+def measure_places(world: WorldModel, starts: InitialStates, reader: FrameReader, batch: int
+                   ) -> None:
+    imagined = [rollout_action(WorldModel(world.model, seed=seed), starts, batch, new=SHORT)
+                for seed in range(3)]
+    off = {"imagined": apart(read_poses(reader, np.stack(imagined)), starts.poses),
+           "standing still": apart(starts.poses[:, GIVEN - 1, None], starts.poses),
+           "encoded": apart(read_poses(reader, encode_and_decode(world, starts.frames)),
+                            starts.poses)}
+    for new in (1, 2, 4, 8, SHORT):
+        medians = [f"{name} {np.median(distance[..., GIVEN + new - 1]):.0f} units and "
+                   f"{np.median(abs(turned[..., GIVEN + new - 1])):.1f} degrees"
+                   for name, (distance, turned) in off.items()]
+        print(f"places, frame {new}: {'; '.join(medians)}", flush=True)
+
+
 class KeptAnchor(WorldModel):
     """Beside the noisy frames stays what was seen first, wherever the window has slid."""
 
@@ -137,12 +159,15 @@ def run(settings: Settings) -> None:
     held_out = open_held_out(settings, world)
     training = open_episodes(settings.data, settings.root, "train")
     (truth, actions), = read_batches(held_out, settings.frames, len(held_out), world.model.config)
+    poses = np.stack([held_out[i].feature(POSE)[: settings.frames] for i in range(len(held_out))])
+    starts = InitialStates(truth, actions, poses)
     work = {"turns": lambda: measure_turns(training),
-            "autoencoder": lambda: measure_autoencoder(world, truth),
+            "autoencoder": lambda: say("autoencoder", encode_and_decode(world, truth), truth),
             "bound": lambda: measure_pose_bound(training, held_out, settings.bound_steps),
             "blur": lambda: measure_blur(world, truth, actions, settings.batch),
-            "memory": lambda: measure_memory(world, InitialStates(truth, actions, None),
-                                             settings.batch)}
+            "places": lambda: measure_places(
+                world, starts, open_reader(Path(settings.reader), training, 3000), settings.batch),
+            "memory": lambda: measure_memory(world, starts, settings.batch)}
     for part in settings.parts:
         work[part]()
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that is bundled, from the simulators to the checkpoints. Seeds are fixed. Two CPU cores take
-# about sixteen hours, and a GPU three minutes. Besides the four packages: pip install metaworld mujoco
+# about nineteen hours, and a GPU three minutes. Besides the four packages: pip install metaworld mujoco
 # packaging vizdoom, and Debian's libosmesa6 (or another renderer in MUJOCO_GL).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -77,7 +77,12 @@ python train.py --data csgo --root recorded/arena --base runs/flat --out runs/ar
     decoder_steps=1000
 # Its steps to 10,160 with low_noise_prob=0.3; there the cooldown began.
 python train.py --resume --out runs/arena --steps 18000 --cooldown 8000 --set low_noise_prob=0.6
-python -m bundled.bundle_checkpoint world runs/arena checkpoints/arena_world.pt
+python -m bundled.bundle_checkpoint world runs/arena runs/arena_18000.pt
+# Once more, in single precision. The first 400 steps were planned as those of 5000 with --lr 7e-4, 526 more of 4600.
+python train.py --data csgo --root recorded/arena --base runs/arena_18000.pt --out runs/arena_on --batch 2 --lr 5e-4 \
+    --steps 4200 --cooldown 3800 --no-bf16 --set low_noise_prob=0.6 loss_weighting=x0 dropout=0 sample_every=2000 \
+    decoder_steps=0
+python -m bundled.bundle_checkpoint world runs/arena_on checkpoints/arena_world.pt
 python -m baselines.train_diamond --data csgo --root recorded/flat --minutes 88 --batch 8 --bf16
 python -m baselines.train_diamond --data csgo --root recorded/arena --minutes 133 --batch 8 --bf16 --resume
 

@@ -127,14 +127,17 @@ def follow(world: object, starts: InitialStates, reader: FrameReader, batch: int
             "units off": np.median(distance), "degrees off": np.median(abs(turned))}
 
 
+def turn(world: object, starts: InitialStates, reader: FrameReader, batch: int, counts: int
+         ) -> np.ndarray:
+    """Degrees to the left by which the view has turned in 12 frames of so many counts, [N]."""
+    clips = rollout_action(world, starts, batch, csgo_action(x=counts), SHORT)
+    return apart(read_poses(reader, clips[:, -1]), read_poses(reader, clips[:, GIVEN - 1]))[1]
+
+
 def follow_repeated(world: object, starts: InitialStates, reader: FrameReader, batch: int
                     ) -> dict[str, float]:
     """Under one action, repeated: turning, walls, return."""
-    def turned(x: int) -> np.ndarray:
-        clips = rollout_action(world, starts, batch, csgo_action(x=x), SHORT)
-        return apart(read_poses(reader, clips[:, -1]), read_poses(reader, clips[:, GIVEN - 1]))[1]
-
-    turned_right, turned_left = turned(60), turned(-60)
+    turned_right, turned_left = (turn(world, starts, reader, batch, x) for x in (60, -60))
     walked = rollout_action(world, starts, batch, csgo_action(["w"]), 24)
     ahead = read_poses(reader, walked[:, GIVEN - 1 :])
     first, last = (apart(ahead[:, t + 6], ahead[:, t])[0] for t in (0, 18))

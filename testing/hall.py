@@ -3,6 +3,8 @@
     python -m testing.hall --root recorded/arena
 
     turns        are turns to the left and to the right as frequent and as fast in the recordings?
+    sides        and does the world follow both alike, from four places in every episode, each with
+                 noise of its own?
     autoencoder  frames encoded and decoded: no world is sharper than its decoder
     bound        a network of a world's size draws the frame from the player's true place and
                  direction: what it is worth to know the hall by heart
@@ -26,7 +28,8 @@ from data import Episodes, open_episodes
 from episodes.csgo import FIRST_X, FIRST_Y, MOUSE_X, csgo_action
 from evaluation.evaluate import WorldSettings, open_held_out, read_batches, rollout_batch
 from evaluation.game import (GIVEN, POSE, SHORT, InitialStates, apart, open_reader, read_poses,
-                             rollout_action, seen_from)
+                             rollout_action, seen_from, turn)
+from evaluation.intervals import wilson
 from evaluation.metrics import sharpness
 from evaluation.readers import FrameReader
 from model.memory import keep_malloc_heap
@@ -35,7 +38,7 @@ from sample import Window, WorldModel
 from support.options import option, program
 from support.pictures import psnr
 
-PARTS = ("turns", "autoencoder", "bound", "blur", "places", "memory")
+PARTS = ("turns", "sides", "autoencoder", "bound", "blur", "places", "memory")
 
 
 @dataclass
@@ -76,6 +79,23 @@ def measure_turns(episodes: Episodes) -> None:
     for side, chosen in (("left", counts < 0), ("right", counts > 0)):
         print(f"turns to the {side}: {100 * chosen.mean():.1f} % of the frames, by "
               f"{abs(counts[chosen]).mean():.1f} counts")
+
+
+def measure_sides(world: WorldModel, held_out: Episodes, reader: FrameReader) -> None:
+    turned = {"right": [], "left": []}
+    for seed, first in enumerate((0, 25, 50, 75)):
+        begun = [held_out[i].read(first, first + GIVEN) for i in range(len(held_out))]
+        frames, actions = (np.stack(clips) for clips in zip(*begun, strict=True))
+        starts = InitialStates(frames, actions, None)
+        for side, counts in (("right", 60), ("left", -60)):
+            to_left = turn(WorldModel(world.model, seed=seed), starts, reader, len(begun), counts)
+            turned[side].append(-np.sign(counts) * to_left)
+    for side, runs in turned.items():
+        degrees = np.concatenate(runs)
+        low, high = wilson(followed := int((degrees > 0).sum()), len(degrees))
+        print(f"sides: {side} turns {side} from {followed} of {len(degrees)} starts "
+              f"({100 * low:.0f} to {100 * high:.0f} %), by {np.median(degrees):.0f} of 36 degrees",
+              flush=True)
 
 
 def say(name: str, imagined: np.ndarray, truth: np.ndarray) -> None:
@@ -161,12 +181,14 @@ def run(settings: Settings) -> None:
     (truth, actions), = read_batches(held_out, settings.frames, len(held_out), world.model.config)
     poses = np.stack([held_out[i].feature(POSE)[: settings.frames] for i in range(len(held_out))])
     starts = InitialStates(truth, actions, poses)
+    reads = not {"sides", "places"}.isdisjoint(settings.parts)
+    reader = open_reader(Path(settings.reader), training, 3000) if reads else None
     work = {"turns": lambda: measure_turns(training),
+            "sides": lambda: measure_sides(world, held_out, reader),
             "autoencoder": lambda: say("autoencoder", encode_and_decode(world, truth), truth),
             "bound": lambda: measure_pose_bound(training, held_out, settings.bound_steps),
             "blur": lambda: measure_blur(world, truth, actions, settings.batch),
-            "places": lambda: measure_places(
-                world, starts, open_reader(Path(settings.reader), training, 3000), settings.batch),
+            "places": lambda: measure_places(world, starts, reader, settings.batch),
             "memory": lambda: measure_memory(world, starts, settings.batch)}
     for part in settings.parts:
         work[part]()

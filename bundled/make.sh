@@ -75,10 +75,10 @@ python train.py --resume --out runs/flat --steps 10300 --cooldown 2300
 python train.py --data csgo --root recorded/arena --base runs/flat --out runs/arena --batch 2 \
     --steps 7200 --cooldown 4000 --bf16 --set low_noise_prob=0.3 loss_weighting=x0 dropout=0 sample_every=2000 \
     decoder_steps=1000
-# Its steps to 10,160 with low_noise_prob=0.3; there the cooldown began.
+# Resumed at step 10,160, for the cooldown; the steps before had low_noise_prob=0.3.
 python train.py --resume --out runs/arena --steps 18000 --cooldown 8000 --set low_noise_prob=0.6
 python -m bundled.bundle_checkpoint world runs/arena runs/arena_18000.pt
-# Once more, in single precision. The first 400 steps were planned as those of 5000 with --lr 7e-4, 526 more of 4600.
+# Once more, in single precision. Planned as 5000 steps with --lr 7e-4, at step 400 as 4600, and at 926 as it stands.
 python train.py --data csgo --root recorded/arena --base runs/arena_18000.pt --out runs/arena_on --batch 2 --lr 5e-4 \
     --steps 4200 --cooldown 3800 --no-bf16 --set low_noise_prob=0.6 loss_weighting=x0 dropout=0 sample_every=2000 \
     decoder_steps=0

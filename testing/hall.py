@@ -3,15 +3,15 @@
     python -m testing.hall --root recorded/arena
 
     turns        are turns to the left and to the right as frequent and as fast in the recordings?
-    sides        and does the world follow both alike, from four places in every episode, each with
-                 noise of its own?
+    sides        and does the world follow both alike? From four frames of every episode, with a
+                 seed each
     autoencoder  frames encoded and decoded: no world is sharper than its decoder
     bound        a network of a world's size draws the frame from the player's true place and
                  direction: what it is worth to know the hall by heart
     blur         the first imagined frame and the twelfth, with 1, 2 and 4 steps: one step gives the
                  mean of what might come; what the twelfth lacks beyond the first is the place
-    places       how far the player is from where they were, imagined frame by imagined frame, and
-                 if they had stood still; and the reader's own error, on frames encoded and decoded
+    places       how far is the imagined player from the true one, frame by frame? Beside it one who
+                 stands still, and the true frames, encoded and decoded: what the reader can know
     memory       72 frames of five degrees each: is the first frame back, if the window keeps 4, 8
                  or 12 of its 16 frames when it slides, and if the anchor stays when it does?
 """
@@ -49,7 +49,8 @@ class Settings(WorldSettings):
     parts: list[str] = option(PARTS, f"which: {', '.join(PARTS)}", nargs="+", metavar="NAME",
                               type=str, choices=PARTS)
     bound_steps: int = option(3000, "to train the network of the pose bound")
-    reader: str = option("evaluations/game/reader.pt", "of poses, trained if missing")
+    reader: str = option("evaluations/game/reader.pt",
+                         "file of the pose reader; trained, if there is none")
 
 
 class Draw(nn.Module):
@@ -181,8 +182,9 @@ def run(settings: Settings) -> None:
     (truth, actions), = read_batches(held_out, settings.frames, len(held_out), world.model.config)
     poses = np.stack([held_out[i].feature(POSE)[: settings.frames] for i in range(len(held_out))])
     starts = InitialStates(truth, actions, poses)
-    reads = not {"sides", "places"}.isdisjoint(settings.parts)
-    reader = open_reader(Path(settings.reader), training, 3000) if reads else None
+    reader = None
+    if {"sides", "places"} & set(settings.parts):
+        reader = open_reader(Path(settings.reader), training, steps=3000)
     work = {"turns": lambda: measure_turns(training),
             "sides": lambda: measure_sides(world, held_out, reader),
             "autoencoder": lambda: say("autoencoder", encode_and_decode(world, truth), truth),
